@@ -26,6 +26,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import diffusers
@@ -158,8 +159,8 @@ def load_rows(folder: str | os.PathLike, args: argparse.Namespace) -> Dataset:
     for flag in ("image_column", "caption_column"):
         if getattr(args, flag) not in rows.column_names:
             raise ValueError(
-                f"--{flag} {getattr(args, flag)}: {folder} has no such column, but {rows.column_names}. Captions stand in "
-                'metadata.jsonl beside the pictures, a line each: {"file_name": "0001.png", "text": "a red circle"}'
+                f"--{flag} {getattr(args, flag)}: {folder} has no such column, only {rows.column_names}. Captions are "
+                'in metadata.jsonl beside the pictures, lines like {"file_name": "0001.png", "text": "a red circle"}'
             )
     rows = rows.select_columns([args.image_column, args.caption_column])
     return rows.cast_column(args.image_column, ImageFeature(decode=False))
@@ -192,12 +193,12 @@ def split_rows(args: argparse.Namespace) -> tuple[Dataset, Dataset, str]:
     if validation_dir is not None:
         validation, origin = load_rows(validation_dir, args), str(validation_dir)
     else:
-        held_out = min(args.max_validation_samples, max(1, len(train) // 10))
+        held_out = min(args.max_validation_samples, max(2, len(train) // 10))
         order = torch.randperm(len(train), generator=rng("held out")).tolist()
         validation, train = train.select(order[:held_out]), train.select(sorted(order[held_out:]))
         origin = f"{held_out} pictures held out of {args.train_data_dir}"
-    if len(train) == 0:
-        raise ValueError(f"{args.train_data_dir} leaves no picture to train on; it needs at least two")
+    if not len(train) or len(validation) < 2:
+        raise ValueError(f"{args.train_data_dir} is too small: validation takes two pictures, training needs the rest")
     train = train.select(range(min(len(train), args.max_train_samples or len(train))))
     return train, validation.select(range(min(len(validation), args.max_validation_samples))), origin
 
@@ -293,13 +294,13 @@ def encode_pictures(vae, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Ten
     return (x0 - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
 
 
-def sample_losses(model: Trainee, experts: tsm_lora.Experts, scheduler, batch: dict, bounds: tuple[int, int]):
+def sample_losses(model, experts, scheduler, batch: dict, low: int, high: int) -> torch.Tensor:
     """Diffusion loss of each sample, Eq. 1 with t drawn uniformly from the interval [low, high) (Eq. 4): (B,)."""
     backbone, vae = experts.backbone, experts.pipe.vae
     batch = {k: v.to(vae.device) if torch.is_tensor(v) else v for k, v in batch.items()}
     with torch.no_grad():
         x0 = encode_pictures(vae, batch["pixels"], batch["vae_noise"])  # (B, c, h, w)
-    t = backbone.draw_t(batch["u"], *bounds)  # (B,)
+    t = backbone.draw_t(batch["u"], low, high)  # (B,)
     xt, target = backbone.diffuse(scheduler, x0, batch["noise"], t)
     pred = model(xt, t, batch["caption"])
     return F.mse_loss(pred.float(), target.float(), reduction="none").flatten(1).mean(1)
@@ -307,14 +308,14 @@ def sample_losses(model: Trainee, experts: tsm_lora.Experts, scheduler, batch: d
 
 @torch.no_grad()
 def validation_losses(model, experts, scheduler, rows: Dataset, args, interval: int, accelerator) -> torch.Tensor:
-    """Loss of each validation picture at one fixed t and noise of the interval, whatever the seed of training: (N,)."""
+    """Loss of each validation picture at one fixed t and noise of the interval, whatever the run's seed: (N,)."""
     low, high = tsm_lora.interval_bounds(args.num_intervals)[interval : interval + 2]
     mine = list(range(accelerator.process_index, len(rows), accelerator.num_processes))
     keys = [[(k, "validation", interval, k) for k in mine[s : s + 32]] for s in range(0, len(mine), 32)]
     losses = torch.zeros(len(rows), device=accelerator.device)
     dataset = Pictures(rows, args, latent_shape(experts.pipe, args.resolution), augment=False)
     for chunk, batch in zip(keys, loader(dataset, keys, args)):
-        losses[[k for k, *_ in chunk]] = sample_losses(model, experts, scheduler, batch, (low, high))
+        losses[[k for k, *_ in chunk]] = sample_losses(model, experts, scheduler, batch, low, high)
     return accelerator.reduce(losses, "sum").cpu()
 
 
@@ -326,8 +327,12 @@ def latent_shape(pipe, resolution: int) -> tuple[int, int, int]:
 def load_pipeline(args: argparse.Namespace, accelerator: Accelerator):
     """The base model, frozen, in the training precision (the VAE in fp32), and the resolution it works at."""
     name = args.pretrained_model_name_or_path
-    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith(".")):
-        raise ValueError(f"--pretrained_model_name_or_path {name}: neither a folder nor a hub id of the form owner/name")
+    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
+        raise ValueError(
+            f"--pretrained_model_name_or_path {name}: neither a folder nor a hub id of the form owner/name"
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     pipe = DiffusionPipeline.from_pretrained(
         name, revision=args.revision, variant=args.variant, torch_dtype={"default": dtype, "vae": torch.float32}
@@ -362,7 +367,11 @@ def claim_output_dir(args: argparse.Namespace) -> None:
             )
     elif out.exists() and any(out.glob("experts-n*")):
         raise ValueError(f"{out} holds experts but no args.json, so it is not a run of this script; choose another")
-    versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers)} | {"python": platform.python_version()}
+    if path.exists():
+        return
+    versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers)} | {
+        "python": platform.python_version()
+    }
     write_json(path, {"args": settings, "versions": versions})
 
 
@@ -381,17 +390,18 @@ def checkpoints(args: argparse.Namespace, interval: int) -> list[Path]:
     """Complete checkpoints of an expert, oldest first."""
     folder = Path(args.output_dir) / "checkpoints" / f"interval-{interval:03d}"
     found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
-def save_checkpoint(experts, optimizer, scaler, args: argparse.Namespace, interval: int, step: int) -> None:
+def save_checkpoint(experts, optimizer, lr_scheduler, scaler, args, interval: int, step: int) -> None:
     """Trainable state only, written under another name first; then the oldest beyond the limit go."""
     path = Path(args.output_dir) / "checkpoints" / f"interval-{interval:03d}" / f"checkpoint-{step}"
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     experts.save_expert(interval, partial / f"interval-{interval:03d}.safetensors", steps=step)  # can be sampled
     state = {"step": step, "experts": experts.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save(state | {"scaler": scaler.state_dict() if scaler else {}}, partial / "state.pt")
+    state |= {"lr_scheduler": lr_scheduler.state_dict(), "scaler": scaler.state_dict() if scaler else {}}
+    torch.save(state, partial / "state.pt")
     shutil.rmtree(path, ignore_errors=True)
     os.replace(partial, path)
     for old in checkpoints(args, interval)[: -args.checkpoints_total_limit] if args.checkpoints_total_limit else []:
@@ -399,8 +409,10 @@ def save_checkpoint(experts, optimizer, scaler, args: argparse.Namespace, interv
 
 
 def checkpoint_to_resume(args: argparse.Namespace, interval: int) -> Path | None:
-    if args.resume_from_checkpoint in (None, "latest"):
-        return checkpoints(args, interval)[-1] if args.resume_from_checkpoint and checkpoints(args, interval) else None
+    if args.resume_from_checkpoint is None:
+        return None
+    if args.resume_from_checkpoint == "latest":
+        return next(reversed(checkpoints(args, interval)), None)
     path = Path(args.resume_from_checkpoint)
     if path not in (known := [p for i in args.interval_indices for p in checkpoints(args, i)]):
         raise ValueError(f"--resume_from_checkpoint {path}: this run has {[str(p) for p in known]}")
@@ -416,7 +428,14 @@ def foster(pipe, train: Dataset, validation: Dataset, args: argparse.Namespace, 
     lora_layers = args.lora_layers.split(",") if args.lora_layers else None
     generator = rng(args.seed, interval, "A")
     experts = tsm_lora.attach_experts(
-        pipe, args.num_intervals, [interval], args.rank, args.lora_alpha, lora_layers, args.train_text_encoder, generator
+        pipe,
+        args.num_intervals,
+        [interval],
+        args.rank,
+        args.lora_alpha,
+        lora_layers,
+        args.train_text_encoder,
+        generator,
     )
     if args.gradient_checkpointing:
         experts.enable_gradient_checkpointing()
@@ -430,16 +449,17 @@ def foster(pipe, train: Dataset, validation: Dataset, args: argparse.Namespace, 
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
     )
+    lr_scheduler = get_scheduler(  # not prepared: a function of the optimiser step alone, on any number of processes
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
+    )
     step, state = 0, None
     if (checkpoint := checkpoint_to_resume(args, interval)) is not None:
         state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
         experts.load_state_dict(state["experts"])
         optimizer.load_state_dict(state["optimizer"])
+        lr_scheduler.load_state_dict(state["lr_scheduler"])
         step = state["step"]
         logger.info(f"Resuming interval {interval} from {checkpoint}")
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
-    for _ in range(step):  # the schedule is a function of the optimiser step alone, on any number of processes
-        lr_scheduler.step()
     model, optimizer = accelerator.prepare(Trainee(experts), optimizer)
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"] if state else torch.amp.GradScaler().state_dict())
@@ -457,7 +477,7 @@ def foster(pipe, train: Dataset, validation: Dataset, args: argparse.Namespace, 
     losses, parameters = [], experts.parameters()
     for batch in loader(dataset, keys, args):
         with accelerator.accumulate(model):
-            loss = sample_losses(model, experts, scheduler, batch, (low, high)).mean()
+            loss = sample_losses(model, experts, scheduler, batch, low, high).mean()
             losses.append(loss.detach())
             accelerator.backward(loss)
             if accelerator.sync_gradients:
@@ -476,7 +496,7 @@ def foster(pipe, train: Dataset, validation: Dataset, args: argparse.Namespace, 
             accelerator.log({f"loss/interval-{interval:03d}": loss, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
             losses.clear()
         if step % args.checkpointing_steps == 0 and accelerator.is_main_process:
-            save_checkpoint(experts, optimizer, accelerator.scaler, args, interval, step)
+            save_checkpoint(experts, optimizer, lr_scheduler, accelerator.scaler, args, interval, step)
         if args.validation_steps and step % args.validation_steps == 0 and len(validation):
             loss = validation_losses(model, experts, scheduler, validation, args, interval, accelerator).mean().item()
             accelerator.log({f"validation/interval-{interval:03d}": loss}, step=step)
@@ -514,7 +534,8 @@ def report(pipe, validation: Dataset, origin: str, args: argparse.Namespace) -> 
     out = Path(args.output_dir)
     records = [json.loads(path.read_text()) for path in sorted((out / "validation").glob("interval-*.json"))]
     write_json(out / "validation.json", {"pictures_from": origin, "intervals": records})
-    print(f"\nvalidation loss on {origin}, fixed noise; t grows with noise\ninterval  timesteps   base    expert  gain")
+    print(f"\nvalidation loss on {origin}, fixed noise; t grows with noise")
+    print("interval  timesteps   base    expert  gain")
     for r in records:
         timesteps = "{}..{}".format(*r["timesteps"])
         print(
@@ -523,7 +544,7 @@ def report(pipe, validation: Dataset, origin: str, args: argparse.Namespace) -> 
         )
     if not all(expert_path(args, i).exists() for i in range(args.num_intervals)):
         return
-    prompts = args.validation_prompts or [row[args.caption_column] for row in validation.select(range(8))]
+    prompts = args.validation_prompts or [row[args.caption_column] for row in islice(validation, 8)]
     call = dict(num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale)
     call |= dict(height=args.resolution, width=args.resolution)
 
@@ -561,10 +582,9 @@ def main(args: argparse.Namespace) -> None:
     accelerator.wait_for_everyone()
     accelerator.init_trackers("train_foster", {k: str(v) for k, v in vars(args).items()})
     batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    if accelerator.is_main_process:
-        print(f"{len(args.interval_indices)} of {args.num_intervals} experts, rank {args.rank}, into {args.output_dir}")
-        print(f"{len(train)} pictures of {args.train_data_dir}; global batch {batch}, {args.max_train_steps} steps each:")
-        print(f"{batch * args.max_train_steps * len(args.interval_indices)} pictures seen in all")
+    accelerator.print(f"{len(args.interval_indices)} of {args.num_intervals} experts of rank {args.rank}")
+    accelerator.print(f"{len(train)} pictures of {args.train_data_dir}, global batch {batch}")
+    accelerator.print(f"{args.max_train_steps} steps or {batch * args.max_train_steps} pictures per expert")
     for interval in args.interval_indices:
         if expert_path(args, interval).exists() and args.resume_from_checkpoint == "latest":
             logger.info(f"Interval {interval} is finished, skipping it")

@@ -1,0 +1,318 @@
+"""train_foster.py on a random pipeline and a dozen pictures: resume, processes, wrong input."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import tiny_sd
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import train_foster
+import tsm_lora
+
+ROOT = Path(train_foster.__file__).parent
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A saved random pipeline and an image folder of 22 pictures of several sizes."""
+    root = tmp_path_factory.mktemp("world")
+    tiny_sd().save_pretrained(root / "model")
+    (root / "images").mkdir()
+    numbers, lines = random.Random(0), []
+    for k in range(22):
+        size = numbers.randrange(18, 30), numbers.randrange(18, 30)
+        pixels = bytes(numbers.randrange(256) for _ in range(3 * size[0] * size[1]))
+        Image.frombytes("RGB", size, pixels).save(root / "images" / f"{k:02d}.png")
+        lines.append(json.dumps({"file_name": f"{k:02d}.png", "text": f"thing {k}"}))
+    (root / "images" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def command(world, out, *flags):
+    return [
+        *("--pretrained_model_name_or_path", str(world / "model"), "--train_data_dir", str(world / "images")),
+        *("--output_dir", str(out), "--num_intervals", "4", "--max_train_steps", "6", "--train_batch_size", "4"),
+        *("--rank", "2", "--random_flip", "--proportion_empty_prompts", "0.2", "--num_inference_steps", "2"),
+        *("--report_to", "none", "--train_text_encoder", *map(str, flags)),
+    ]
+
+
+def run(world, out, *flags):
+    """The script's main, in this process."""
+    AcceleratorState._reset_state(True)
+    train_foster.main(train_foster.parse_args(command(world, out, *flags)))
+    return out / "experts-n4"
+
+
+def environment(**more):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", **more}
+
+
+@pytest.fixture(scope="session")
+def full_run(world, tmp_path_factory):
+    return run(world, tmp_path_factory.mktemp("full"))
+
+
+def tensors(folder, i):
+    return load_file(folder / f"interval-{i:03d}.safetensors")
+
+
+def assert_identical(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_full_run(world, full_run):
+    out = full_run.parent
+    assert sorted(p.name for p in full_run.iterdir()) == [f"interval-{i:03d}.safetensors" for i in range(4)]
+    table = json.loads((out / "validation.json").read_text())
+    assert [r["interval"] for r in table["intervals"]] == [0, 1, 2, 3]
+    assert "held out" in table["pictures_from"] and all(r["base"] != r["expert"] for r in table["intervals"])
+    assert Image.open(out / "samples.png").size == (256, 256)  # two held-out pictures: base above experts
+    settings = json.loads((out / "args.json").read_text())
+    assert settings["args"]["rank"] == 2 and settings["versions"]["torch"] == torch.__version__
+    with safe_open(full_run / "interval-002.safetensors", "pt") as file:
+        facts = json.loads(file.metadata()["tsm"])
+    assert facts["steps"] == 6 and facts["timesteps"] == [500, 749]
+    assert all(any(v.abs().sum() > 0 for k, v in tensors(full_run, i).items() if "lora_B" in k) for i in range(4))
+    pipe = tiny_sd()
+    tsm_lora.load_experts(pipe, full_run)
+
+
+def test_one_expert_alone_is_that_of_the_full_run(world, full_run, tmp_path):
+    alone = run(world, tmp_path, "--interval_indices", 3)
+    assert_identical(tensors(alone, 3), tensors(full_run, 3))
+    assert [p.name for p in alone.iterdir()] == ["interval-003.safetensors"]
+
+
+def test_another_seed_gives_another_expert(world, full_run, tmp_path):
+    other = run(world, tmp_path, "--interval_indices", 3, "--seed", 1)
+    key = next(k for k in tensors(other, 3) if "lora_B" in k)
+    assert not torch.allclose(tensors(other, 3)[key], tensors(full_run, 3)[key])
+
+
+def test_killed_run_resumes_bit_identically(world, full_run, tmp_path):
+    """SIGKILL at a random moment after the first checkpoint, with two data workers, random crops and flips."""
+    flags = ("--checkpointing_steps", 1, "--checkpoints_total_limit", 2, "--dataloader_num_workers", 2)
+    argv = [sys.executable, str(ROOT / "train_foster.py"), *command(world, tmp_path, *flags)]
+    process = subprocess.Popen(argv, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("checkpoints/interval-*/checkpoint-1")):
+        time.sleep(0.02)
+        assert process.poll() is None
+    time.sleep(random.uniform(0, 4))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("experts-n4/*.safetensors")}
+    resumed = run(world, tmp_path, *flags, "--resume_from_checkpoint", "latest")
+    for i in range(4):
+        assert_identical(tensors(resumed, i), tensors(full_run, i))
+        names = {p.name for p in (tmp_path / "checkpoints" / f"interval-{i:03d}").iterdir()}
+        assert names == {"checkpoint-5", "checkpoint-6"}
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items())  # finished experts were skipped
+
+
+def test_resume_from_each_checkpoint(world, full_run, tmp_path):
+    run(world, tmp_path, "--interval_indices", 1, "--checkpointing_steps", 2)
+    folder = tmp_path / "checkpoints" / "interval-001"
+    for step in (4, 2):
+        again = run(
+            world, tmp_path, "--interval_indices", 1, "--resume_from_checkpoint", folder / f"checkpoint-{step}"
+        )
+        assert_identical(tensors(again, 1), tensors(full_run, 1))
+
+
+def test_checkpoint_holds_the_trainable_state_only_and_survives_a_kill_in_writing(world, full_run, tmp_path):
+    flags = ("--interval_indices", 1, "--checkpointing_steps", 3)
+    run(world, tmp_path, *flags)
+    folder = tmp_path / "checkpoints" / "interval-001"
+    state = torch.load(folder / "checkpoint-3" / "state.pt", weights_only=True)
+    assert state["step"] == 3 and all(k.endswith((".A", ".B")) for k in state["experts"])
+    assert {p.name for p in (folder / "checkpoint-3").iterdir()} == {"state.pt", "interval-001.safetensors"}
+    trainable = sum(v.numel() for v in state["experts"].values())
+    moments = [v.numel() for p in state["optimizer"]["state"].values() for v in p.values()]
+    assert sum(moments) == 2 * trainable + len(moments) // 3  # and a step counter for each tensor
+    tsm_lora.read_facts(folder / "checkpoint-3" / "interval-001.safetensors")  # a checkpoint can be sampled
+    # the traces of a kill while checkpoint-6 was being written
+    shutil.move(folder / "checkpoint-6", folder / "checkpoint-6.partial")
+    (folder / "checkpoint-6.partial" / "state.pt").write_bytes(b"half")
+    (tmp_path / "experts-n4" / "interval-001.safetensors").unlink()
+    resumed = run(world, tmp_path, *flags, "--resume_from_checkpoint", "latest")
+    assert_identical(tensors(resumed, 1), tensors(full_run, 1))
+
+
+def test_two_processes_and_accumulation_equal_one_process(world, full_run, tmp_path):
+    two = tmp_path / "two"
+    argv = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29512"]
+    argv += [str(ROOT / "train_foster.py"), *command(world, two, "--interval_indices", 2, "--train_batch_size", 2)]
+    subprocess.run([sys.executable, *argv], env=environment(), check=True, capture_output=True)
+    accumulated = run(
+        world,
+        tmp_path / "accumulated",
+        *("--interval_indices", 2, "--train_batch_size", 2, "--gradient_accumulation_steps", 2),
+    )
+    one = tensors(full_run, 2)
+    for other in (tensors(two / "experts-n4", 2), tensors(accumulated, 2)):
+        for key, value in one.items():
+            torch.testing.assert_close(other[key], value, atol=1e-5, rtol=1e-4)
+    table = json.loads((two / "validation.json").read_text())["intervals"][0]
+    expected = json.loads((full_run.parent / "validation.json").read_text())["intervals"][2]
+    assert table["base"] == pytest.approx(expected["base"], rel=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_expert(world, full_run, tmp_path):
+    other = run(world, tmp_path, "--interval_indices", 2, "--gradient_checkpointing")
+    for key, value in tensors(full_run, 2).items():
+        torch.testing.assert_close(tensors(other, 2)[key], value, atol=1e-6, rtol=1e-5)
+
+
+def test_half_precision_trains_fp32_experts(world, full_run, tmp_path):
+    other = tensors(run(world, tmp_path, "--interval_indices", 2, "--mixed_precision", "bf16"), 2)
+    one = tensors(full_run, 2)
+    assert all(v.dtype == torch.float32 for v in other.values())
+    difference = sum((other[k] - one[k]).norm() ** 2 for k in one) ** 0.5
+    assert difference < 0.2 * sum(one[k].norm() ** 2 for k in one) ** 0.5
+
+
+def test_clipping_clips(world, full_run, tmp_path):
+    """With AdamW a constant factor on the gradient does nothing, so look at the gradients' norm itself."""
+    norms = []
+    original = torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        norms.append(sum(p.grad.square().sum() for g in self.param_groups for p in g["params"]).sqrt().item())
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        run(world, tmp_path, "--interval_indices", 2, "--max_grad_norm", "1e-3")
+    assert len(norms) == 6 and max(norms) < 1.01e-3 and min(norms) > 0.9e-3
+
+
+def test_schedule_counts_optimiser_steps(world, tmp_path):
+    rates = []
+    original = torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        flags = ("--lr_scheduler", "linear", "--lr_warmup_steps", 2, "--gradient_accumulation_steps", 2)
+        run(world, tmp_path, "--interval_indices", 2, *flags, "--learning_rate", "1.0")
+    assert rates == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25])
+
+
+def test_draws_stay_in_the_interval_and_use_every_picture(world):
+    args = train_foster.parse_args(command(world, "x", "--resolution", "16"))
+    rows = train_foster.load_rows(world / "images", args)
+    alone = SimpleNamespace(num_processes=1, process_index=0)
+    keys = list(train_foster.training_keys(len(rows), args, 2, 0, alone))
+    first_epoch = [key[0] for batch in keys for key in batch][: len(rows)]
+    assert len(keys) == 6 and sorted(first_epoch) == list(range(22))
+    samples = [train_foster.Pictures(rows, args, (4, 8, 8), True)[key] for key in keys[0]]
+    assert all(0 <= s["u"] < 1 and s["pixels"].shape == (3, 16, 16) for s in samples)
+    assert len({s["u"] for s in samples}) == 4 and not torch.equal(samples[0]["noise"], samples[1]["noise"])
+
+
+# -- wrong input
+
+
+def test_another_run_in_the_output_folder(world, full_run):
+    before = {p: p.stat().st_mtime_ns for p in full_run.parent.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=r"another run.*--rank.*\(2, 3\)"):
+        run(world, full_run.parent, "--rank", 3)
+    with pytest.raises(ValueError, match="--resume_from_checkpoint latest to go on"):
+        run(world, full_run.parent)
+    with pytest.raises(ValueError, match="this run has"):
+        run(world, full_run.parent, "--resume_from_checkpoint", "checkpoint-77")
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--num_intervals", "0"], "1..1000"),
+        (["--num_intervals", "1001"], "1..1000"),
+        (["--interval_indices", "4"], "count from 0"),
+        (["--interval_indices", "-1"], "count from 0"),
+        (["--rank", "17"], "rank 17 does not fit"),
+        (["--lora_layers", "to_q,nowhere"], "'nowhere'; its layers end in"),
+        (["--caption_column", "caption"], "--caption_column caption: .* has no such column, only"),
+        (["--train_data_dir", "/nowhere"], "there is no folder /nowhere"),
+        (["--validation_data_dir", "/nowhere"], "there is no folder /nowhere"),
+        (["--pretrained_model_name_or_path", "/nowhere"], "neither a folder nor a hub id"),
+        (["--max_train_steps", "0"], "must be at least 1"),
+        (["--proportion_empty_prompts", "2"], "0..1"),
+        (["--resolution", "15"], "no multiple"),
+        (["--mixed_precision", "fp16"], "fp16 needs a GPU"),
+    ],
+)
+def test_wrong_flags(world, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        run(world, tmp_path / "out", *flags)
+    assert not list(tmp_path.glob("out/experts*"))
+
+
+def no_picture(folder):
+    (folder / "03.png").unlink()
+    return r"line 4: there is no picture .*03\.png"
+
+
+def bad_line(folder):
+    (folder / "metadata.jsonl").write_text('{"text": "a"}\n')
+    return "line 1: need"
+
+
+def truncated(folder):
+    for path in folder.glob("*.png"):
+        path.write_bytes(path.read_bytes()[:200])
+    return r"\.png is no picture or is truncated"
+
+
+def empty(folder):
+    for path in folder.iterdir():
+        path.unlink()
+    return "holds no picture"
+
+
+def no_captions(folder):
+    (folder / "metadata.jsonl").unlink()
+    return "--caption_column text: .* has no such column"
+
+
+def null_caption(folder):
+    lines = (folder / "metadata.jsonl").read_text().replace('"thing 2"', "null").replace('"thing 1"', "null")
+    (folder / "metadata.jsonl").write_text(lines)
+    return "has the caption None"
+
+
+def one_picture(folder):
+    (folder / "metadata.jsonl").write_text((folder / "metadata.jsonl").read_text().splitlines()[0])
+    for path in sorted(folder.glob("*.png"))[1:]:
+        path.unlink()
+    return "is too small"
+
+
+SPOIL = [no_picture, bad_line, truncated, empty, no_captions, null_caption, one_picture]
+
+
+@pytest.mark.parametrize("spoil", SPOIL, ids=lambda f: f.__name__)
+def test_wrong_data(world, tmp_path, spoil):
+    folder = tmp_path / "images"
+    shutil.copytree(world / "images", folder)
+    with pytest.raises(ValueError, match=spoil(folder)):
+        run(world, tmp_path / "out", "--train_data_dir", folder)
+    assert not list(tmp_path.glob("out/experts*"))
