@@ -343,6 +343,8 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator):
     if args.resolution % pipe.vae_scale_factor:
         raise ValueError(f"--resolution {args.resolution} is no multiple of the VAE's {pipe.vae_scale_factor} pixels")
     pipe.vae.requires_grad_(False)
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None  # it blackens pictures of validation
     return pipe
 
 

@@ -1,0 +1,183 @@
+"""Sample pictures with a base model or with timestep experts (TimeStep Master, arXiv:2503.07416).
+
+    python sample.py --experts output/foster-n8/experts-n8 --prompt "a red circle and a blue square"
+    python sample.py --prompts_file mini/prompts/validation.txt --output_dir output/base              # the base model
+    accelerate launch --multi_gpu sample.py --experts DIR --prompts_file color_val.txt --num_images_per_prompt 10 \
+        --same_seeds --seed 42 --num_inference_steps 30 --guidance_scale 7.5 --mixed_precision fp16  # T2I-CompBench
+
+In a program of your own, with any scheduler, in any stock pipeline that tsm_lora.BACKBONES knows:
+
+    from diffusers import StableDiffusionPipeline
+    from tsm_lora import load_experts
+    pipe = StableDiffusionPipeline.from_pretrained("mini/sd15")
+    experts = load_experts(pipe, "output/foster-n8/experts-n8")
+    image = pipe("a red circle and a blue square").images[0]
+
+Writes output_dir/samples/<prompt>_<number>.png, the names that T2I-CompBench's tools read (number = prompt index *
+images per prompt + image index), and beside that folder metadata.jsonl, args.json and grid.png. A second start of the
+same command makes only what is missing; several processes share the work.
+"""
+
+import argparse
+import json
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+import diffusers
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from diffusers.utils import make_image_grid
+from PIL import Image
+from tqdm.auto import tqdm
+
+import tsm_lora
+
+HERE = Path(__file__).resolve().parent
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FREE_FLAGS = {"batch_size", "num_grid_images", "output_dir"}  # do not change a picture: a rerun may differ in them
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", default=os.path.relpath(HERE / "mini/sd15"), help="folder or hub id")
+    add("--revision", help="of the hub repository")
+    add("--variant", help="of the weight files, such as fp16")
+    add("--experts", help="folder of expert files; the base model alone if not given")
+    add("--scale", type=float, default=1.0, help="strength of the experts")
+    add("--any_base", action="store_true", help="accept experts that were trained on another base model")
+    add(
+        "--mixed_precision", choices=DTYPES, default="no", help="precision of the weights; fp32 samples fastest on CPU"
+    )
+
+    add = parser.add_argument_group("pictures").add_argument
+    add("--prompt", nargs="+", help="one or more prompts")
+    add("--prompts_file", help="text file, a prompt per line")
+    add("--negative_prompt", help="for all prompts")
+    add("--num_images_per_prompt", type=int, default=1)
+    add("--seed", type=int, default=0, help="picture number k has seed + k")
+    add("--same_seeds", action="store_true", help="each prompt's pictures have seed, seed + 1, ... (T2I-CompBench)")
+    add("--scheduler", help="class name of a diffusers scheduler; the model's own if not given")
+    add("--num_inference_steps", type=int, default=25)
+    add("--guidance_scale", type=float, default=4.0)
+    add("--resolution", type=int, help="pixels; the model's native one if not given")
+    add("--batch_size", type=int, default=16)
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="output/samples")
+    add("--num_grid_images", type=int, default=32, help="pictures on grid.png, the first ones")
+    args = parser.parse_args(argv)
+    if bool(args.prompt) == bool(args.prompts_file):
+        parser.error("give prompts by --prompt or by --prompts_file, for example --prompt 'a red circle'")
+    for flag in ("num_images_per_prompt", "num_inference_steps", "batch_size"):
+        if getattr(args, flag) < 1:
+            parser.error(f"--{flag} must be at least 1")
+    return args
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    if args.prompt:
+        return args.prompt
+    if not Path(args.prompts_file).is_file():
+        raise ValueError(f"--prompts_file {args.prompts_file}: there is no such file")
+    lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines()  # T2I-CompBench's files have CRLF
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompts_file {args.prompts_file} holds no prompt")
+    return prompts
+
+
+def file_name(prompt: str, number: int) -> str:
+    """<prompt>_<six digits>.png; the prompt is cut to what a file system takes, metadata.jsonl has it whole."""
+    readable = prompt.replace("/", " ").replace("_", " ").encode()[:200].decode(errors="ignore")
+    return f"{readable}_{number:06d}.png"
+
+
+def claim_output_dir(out: Path, args: argparse.Namespace, rows: list[dict]) -> None:
+    """Write args.json and metadata.jsonl, or check that what is there comes from the same command."""
+    settings = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
+    if (out / "args.json").exists():
+        before = json.loads((out / "args.json").read_text())
+        differ = {f"--{k}": (before.get(k), v) for k, v in settings.items() if before.get(k) != v}
+        if differ:
+            raise ValueError(f"{out} holds other pictures, with (their, your) {differ}; choose another --output_dir")
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    metadata = "".join(json.dumps(row) + "\n" for row in rows)
+    for name, text in (("metadata.jsonl", metadata), ("args.json", json.dumps(settings, indent=1) + "\n")):
+        (out / f"{name}.partial").write_text(text)
+        os.replace(out / f"{name}.partial", out / name)
+
+
+def load(args: argparse.Namespace, device: torch.device):
+    pipe = DiffusionPipeline.from_pretrained(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        torch_dtype=DTYPES[args.mixed_precision],
+    ).to(device)
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None  # it blackens pictures, and scores are those of the model
+    if args.scheduler:
+        scheduler = getattr(diffusers, args.scheduler, None)
+        if scheduler is None or scheduler not in pipe.scheduler.compatibles:
+            known = sorted(s.__name__ for s in pipe.scheduler.compatibles)
+            raise ValueError(f"--scheduler {args.scheduler}: this model takes {known}")
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def main(args: argparse.Namespace) -> None:
+    state = PartialState(cpu=not torch.cuda.is_available())
+    out, prompts, per_prompt = Path(args.output_dir), read_prompts(args), args.num_images_per_prompt
+    rows = []
+    for number in range(len(prompts) * per_prompt):
+        prompt, image_index = prompts[number // per_prompt], number % per_prompt
+        seed = args.seed + (image_index if args.same_seeds else number)
+        rows.append({"file_name": f"samples/{file_name(prompt, number)}", "text": prompt, "seed": seed})
+
+    pipe = load(args, state.device)
+    folded = nullcontext()
+    if args.experts:
+        experts = tsm_lora.load_experts(pipe, args.experts, args.scale, check_base=not args.any_base)
+        folded = experts.folded() if args.mixed_precision == "no" else folded  # as fast as the base
+    with state.main_process_first():
+        if state.is_main_process:
+            claim_output_dir(out, args, rows)
+
+    missing = [row for row in rows if not (out / row["file_name"]).exists()]
+    state.wait_for_everyone()
+    mine = missing[state.process_index :: state.num_processes]
+    options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    options |= {"height": args.resolution, "width": args.resolution}
+    with folded, tqdm(total=len(mine), desc="pictures", disable=not state.is_main_process) as progress:
+        for start in range(0, len(mine), args.batch_size):
+            batch = mine[start : start + args.batch_size]
+            images = pipe(
+                [row["text"] for row in batch],
+                negative_prompt=[args.negative_prompt] * len(batch) if args.negative_prompt else None,
+                generator=[torch.Generator().manual_seed(row["seed"]) for row in batch],
+                **options,
+            ).images
+            for row, image in zip(batch, images):
+                partial = out / f"{Path(row['file_name']).name[-10:]}.partial"  # samples/ holds finished pictures only
+                image.save(partial, "png")
+                os.replace(partial, out / row["file_name"])
+            progress.update(len(batch))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        shown = [Image.open(out / row["file_name"]) for row in rows[: args.num_grid_images]]
+        side = max(128, shown[0].width)
+        shown = [image.resize((side, side), Image.Resampling.NEAREST) for image in shown]
+        columns = min(8, len(shown))
+        shown += [Image.new("RGB", (side, side))] * (-len(shown) % columns)
+        make_image_grid(shown, rows=len(shown) // columns, cols=columns).save(out / "grid.png")
+        print(f"{len(rows)} pictures in {out / 'samples'} ({len(rows) - len(missing)} were there), {out / 'grid.png'}")
+
+
+if __name__ == "__main__":
+    main(parse_args())
