@@ -324,6 +324,11 @@ def latent_shape(pipe, resolution: int) -> tuple[int, int, int]:
     return pipe.vae.config.latent_channels, side, side
 
 
+def on_cpu() -> bool:
+    """Several CPU processes find each other only if Accelerator is told that it runs on the CPU."""
+    return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+
+
 def load_pipeline(args: argparse.Namespace, accelerator: Accelerator):
     """The base model, frozen, in the training precision (the VAE in fp32), and the resolution it works at."""
     name = args.pretrained_model_name_or_path
@@ -568,7 +573,7 @@ def report(pipe, validation: Dataset, origin: str, args: argparse.Namespace) -> 
 
 def main(args: argparse.Namespace) -> None:
     accelerator = Accelerator(
-        cpu=os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.cuda.is_available(),
+        cpu=on_cpu(),
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,

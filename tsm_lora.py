@@ -438,7 +438,7 @@ class Experts:
             self.routing.enabled = before
 
     def predict(self, xt: torch.Tensor, t: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """The denoiser's output for x_t (B, c, h, w) at t (B,), each prompt encoded at its own t: a training forward."""
+        """The denoiser's output for x_t (B, c, h, w) at t (B,), each prompt encoded at its own t: for training."""
         with self.at(t):
             conditions = self.backbone.conditions(self.backbone.encode(self.pipe, prompts))
         denoiser = self.components[self.backbone.denoiser]
@@ -496,6 +496,9 @@ class Experts:
         signature = inspect.signature(self._encode_prompt)
 
         def encode_prompt(*args, **kwargs):
+            if self.routing.route is not None:  # inside `with experts.at(t)`: the caller routes
+                self._prompt = None
+                return self._encode_prompt(*args, **kwargs)
             arguments = signature.bind(*args, **kwargs).arguments
             given = [k for k in arguments if k.endswith("prompt_embeds") and arguments[k] is not None]
             if given:

@@ -322,6 +322,19 @@ def test_prompt_embeds_are_refused(pipe, tmp_path):
 
 
 @torch.no_grad()
+def test_predict_equals_a_pipeline_step(pipe, tmp_path):
+    """What training computes, with each sample's prompt encoded at its own t, is what sampling computes."""
+    experts = load_experts(pipe, save_all(pipe, tmp_path, 4))
+    pipe("a", num_inference_steps=2)  # leaves a remembered prompt behind
+    x, t, prompts = torch.randn(3, 4, 8, 8), torch.tensor([10, 990, 300]), ["a", "bc", ""]
+    together = experts.predict(x, t, prompts)
+    for k in range(3):
+        with experts.at(t[k]):
+            cond = pipe.encode_prompt(prompts[k], "cpu", 1, False)[0]
+        torch.testing.assert_close(together[k : k + 1], pipe.unet(x[k : k + 1], t[k], cond).sample)
+
+
+@torch.no_grad()
 def test_scale_of_a_call_acts(pipe, tmp_path):
     save_all(pipe, tmp_path, 2)
     call = dict(prompt="a", num_inference_steps=2, output_type="latent")

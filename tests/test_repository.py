@@ -1,0 +1,60 @@
+"""What the repository promises about itself."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import sample
+import train_foster
+
+ROOT = Path(train_foster.__file__).parent
+SCRIPTS = {"train_foster.py": train_foster, "sample.py": sample, "evaluate.py": evaluate}
+
+
+def readme_commands():
+    """Every call of a script in README.md and in the scripts' docstrings: (script, arguments)."""
+    texts = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    texts += [script.__doc__ for script in SCRIPTS.values()]
+    for text in texts:
+        for line in text.replace("\\\n", " ").splitlines():
+            line = line.split("#")[0]
+            for name in SCRIPTS:
+                if re.search(rf"(python|launch)\b.* {name}", line):
+                    arguments = shlex.split(line.split(name, 1)[1])
+                    while arguments and arguments[-1] in ("&", "..."):
+                        arguments.pop()
+                    yield name, [a.replace("$i", "3") for a in arguments]
+
+
+def test_documented_commands_parse():
+    commands = list(readme_commands())
+    assert len(commands) >= 12 and {name for name, _ in commands} == set(SCRIPTS)
+    for name, arguments in commands:
+        SCRIPTS[name].parse_args(arguments)
+
+
+def test_code_is_ruff_clean():
+    for command in (["check", "."], ["format", "--check", "."]):
+        done = subprocess.run([sys.executable, "-m", "ruff", *command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_shows_every_flag(name):
+    done = subprocess.run([sys.executable, ROOT / name, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and SCRIPTS[name].__doc__.split(".")[0].split()[0] in done.stdout
+
+
+def test_every_flag_is_used():
+    for name in ("train_foster.py", "sample.py"):
+        source = (ROOT / name).read_text()
+        flags = re.findall(r'add\("--(\w+)"', source)
+        assert len(flags) > 15
+        for flag in flags:
+            used = len(re.findall(rf"args\.{flag}\b", source)) + len(re.findall(rf'"{flag}"', source))
+            assert used >= 1, f"{name}: --{flag} is never read"
