@@ -21,6 +21,7 @@ t grows with noise: interval 0 is the cleanest. Writes into --output_dir (defaul
 import argparse
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import platform
@@ -35,20 +36,18 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 import transformers
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration
 from datasets import Dataset, load_dataset
 from datasets import Image as ImageFeature
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms import InterpolationMode
 from tqdm.auto import tqdm
 
 import tsm_lora
 
-logger = get_logger(__name__)
 HERE = Path(__file__).resolve().parent
 LOGGING_STEPS = 10  # reading the loss synchronises the device
 # Flags that do not change what is trained: a run may be continued with other values of these.
@@ -244,11 +243,8 @@ class Pictures(torch.utils.data.Dataset):
 
 def open_picture(cell: dict) -> Image.Image:
     try:
-        if cell["path"] is not None and os.path.exists(cell["path"]):
-            return Image.open(cell["path"]).convert("RGB")
-        parser = ImageFile.Parser()
-        parser.feed(cell["bytes"])
-        return parser.close().convert("RGB")
+        source = cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])
+        return ImageOps.exif_transpose(Image.open(source)).convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise ValueError(f"{cell['path']} is no picture or is truncated ({error}); replace or remove it") from error
 
@@ -263,8 +259,8 @@ def training_keys(n_rows: int, args, interval: int, first_step: int, accelerator
         for k in range(start, start + batch):
             if k // n_rows != epoch:
                 epoch = k // n_rows
-                order = torch.randperm(n_rows, generator=rng(args.seed, interval, "epoch", epoch)).tolist()
-            keys.append((order[k % n_rows], args.seed, interval, k))
+                order = torch.randperm(n_rows, generator=rng(args.seed, interval, "epoch", epoch))
+            keys.append((int(order[k % n_rows]), args.seed, interval, k))
         yield keys
 
 
@@ -466,7 +462,7 @@ def foster(pipe, train: Dataset, validation: Dataset, args: argparse.Namespace, 
         optimizer.load_state_dict(state["optimizer"])
         lr_scheduler.load_state_dict(state["lr_scheduler"])
         step = state["step"]
-        logger.info(f"Resuming interval {interval} from {checkpoint}")
+        accelerator.print(f"expert {interval} goes on from {checkpoint}")
     model, optimizer = accelerator.prepare(Trainee(experts), optimizer)
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"] if state else torch.amp.GradScaler().state_dict())
@@ -482,13 +478,14 @@ def foster(pipe, train: Dataset, validation: Dataset, args: argparse.Namespace, 
         disable=not accelerator.is_local_main_process,
     )
     losses, parameters = [], experts.parameters()
+    earlier = args.interval_indices.index(interval) * args.max_train_steps  # trackers want one growing count
     for batch in loader(dataset, keys, args):
         with accelerator.accumulate(model):
             loss = sample_losses(model, experts, scheduler, batch, low, high).mean()
             losses.append(loss.detach())
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
@@ -498,15 +495,16 @@ def foster(pipe, train: Dataset, validation: Dataset, args: argparse.Namespace, 
             lr_scheduler.step()
         progress.update()
         if step % LOGGING_STEPS == 0 or step == args.max_train_steps:
-            loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-            progress.set_postfix(loss=f"{loss:.4f}", lr=lr_scheduler.get_last_lr()[0])
-            accelerator.log({f"loss/interval-{interval:03d}": loss, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
+            loss, lr = accelerator.reduce(torch.stack(losses).mean(), "mean").item(), lr_scheduler.get_last_lr()[0]
             losses.clear()
+            progress.set_postfix(loss=f"{loss:.4f}", lr=lr)
+            scalars = {f"loss/interval-{interval:03d}": loss, "lr": lr, "grad_norm": grad_norm.item()}
+            accelerator.log(scalars, step=earlier + step)
         if step % args.checkpointing_steps == 0 and accelerator.is_main_process:
             save_checkpoint(experts, optimizer, lr_scheduler, accelerator.scaler, args, interval, step)
         if args.validation_steps and step % args.validation_steps == 0 and len(validation):
             loss = validation_losses(model, experts, scheduler, validation, args, interval, accelerator).mean().item()
-            accelerator.log({f"validation/interval-{interval:03d}": loss}, step=step)
+            accelerator.log({f"validation/interval-{interval:03d}": loss}, step=earlier + step)
     progress.close()
     validate(model, experts, scheduler, validation, args, interval, accelerator)
     if accelerator.is_main_process:
@@ -593,8 +591,9 @@ def main(args: argparse.Namespace) -> None:
     accelerator.print(f"{len(train)} pictures of {args.train_data_dir}, global batch {batch}")
     accelerator.print(f"{args.max_train_steps} steps or {batch * args.max_train_steps} pictures per expert")
     for interval in args.interval_indices:
-        if expert_path(args, interval).exists() and args.resume_from_checkpoint == "latest":
-            logger.info(f"Interval {interval} is finished, skipping it")
+        from_here = args.resume_from_checkpoint != "latest" and checkpoint_to_resume(args, interval) is not None
+        if expert_path(args, interval).exists() and not from_here:
+            accelerator.print(f"expert {interval} is finished, skipping it")
             continue
         foster(pipe, train, validation, args, interval, accelerator)
     if accelerator.is_main_process:
