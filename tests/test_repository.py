@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 import evaluate
+import export
 import sample
 import train_foster
 
 ROOT = Path(train_foster.__file__).parent
-SCRIPTS = {"train_foster.py": train_foster, "sample.py": sample, "evaluate.py": evaluate}
+SCRIPTS = {"train_foster.py": train_foster, "sample.py": sample, "evaluate.py": evaluate, "export.py": export}
 
 
 def readme_commands():
@@ -58,3 +59,12 @@ def test_every_flag_is_used():
         for flag in flags:
             used = len(re.findall(rf"args\.{flag}\b", source)) + len(re.findall(rf'"{flag}"', source))
             assert used >= 1, f"{name}: --{flag} is never read"
+
+
+def test_prompt_files_are_the_worlds():
+    from mini import world
+
+    for split, count in world.PROMPTS.items():
+        lines = (ROOT / "mini" / "prompts" / f"{split}.txt").read_text().splitlines()
+        assert lines == [p for category in world.CATEGORIES for p in world.prompts(category, split)]
+        assert len(lines) == count * len(world.CATEGORIES)

@@ -316,3 +316,20 @@ def test_wrong_data(world, tmp_path, spoil):
     with pytest.raises(ValueError, match=spoil(folder)):
         run(world, tmp_path / "out", "--train_data_dir", folder)
     assert not list(tmp_path.glob("out/experts*"))
+
+
+def test_trackers_get_loss_rate_norm_and_validation(world, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ("--interval_indices", 1, 3, "--report_to", "tensorboard", "--validation_steps", 3)
+    run(world, tmp_path, *flags)
+    scalars = {}
+    for folder in {path.parent for path in (tmp_path / "logs").rglob("events*")}:
+        events = EventAccumulator(str(folder)).Reload()
+        scalars |= {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert [step for step, _ in scalars["lr"]] == [6, 12]
+    assert [step for step, _ in scalars["loss/interval-003"]] == [12]
+    assert [step for step, _ in scalars["validation/interval-003"]] == [9, 12]
+    table = json.loads((tmp_path / "validation.json").read_text())["intervals"]
+    assert scalars["validation/interval-003"][-1][1] == pytest.approx(table[1]["expert"], rel=1e-5)
+    assert all(norm > 0 for _, norm in scalars["grad_norm"])
