@@ -19,6 +19,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
+import data
 import train_foster
 import tsm_lora
 
@@ -113,7 +114,7 @@ def evaluate_loss(args: argparse.Namespace) -> None:
         from mini import world
 
         args.validation_data_dir = os.path.relpath(world.image_folder("target", "validation"))
-    rows = train_foster.load_rows(args.validation_data_dir, settings)
+    rows = data.load_rows(args.validation_data_dir, settings)
     rows = rows.select(range(min(len(rows), args.max_validation_samples)))
     scheduler = tsm_lora.backbone_of(pipe).noise_scheduler(pipe)
 

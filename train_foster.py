@@ -19,33 +19,30 @@ t grows with noise: interval 0 is the cleanest. Writes into --output_dir (defaul
 """
 
 import argparse
-import hashlib
 import importlib.util
-import io
 import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import diffusers
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.functional as TF
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
-from datasets import Dataset, load_dataset
-from datasets import Image as ImageFeature
+from accelerate.utils import ProjectConfiguration, gather_object
+from datasets import Dataset
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import compute_snr
 from diffusers.utils import make_image_grid
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torchvision.transforms import InterpolationMode
 from tqdm.auto import tqdm
 
+import data
 import tsm_lora
 
 HERE = Path(__file__).resolve().parent
@@ -76,10 +73,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train_text_encoder", action="store_true", help="experts on the text encoder too, as in the paper")
 
     add = parser.add_argument_group("data").add_argument
-    add("--train_data_dir", help="image folder with metadata.jsonl; the mini world's target domain if not given")
-    add("--validation_data_dir", help="image folder for the loss per interval; a held-out part if not given")
+    add("--train_data_dir", help="pictures with metadata.jsonl, .tar shards or .parquet; the mini world if not given")
+    add("--dataset_name", help="hub id of a data set, instead of --train_data_dir")
+    add("--dataset_config_name", help="of the hub data set")
+    add("--validation_data_dir", help="the same kinds, for the loss per interval; a held-out part if not given")
+    add("--streaming", action="store_true", help="read shards in turn, for data that fits neither memory nor disk")
+    add("--corrupt_records", default="stop", choices=["stop", "skip"], help="of streamed data")
     add("--image_column", default="image")
     add("--caption_column", default="text")
+    add("--reward_column", help="weight of each sample's loss, as in GORS")
     add("--max_train_samples", type=int, help="use the first so many pictures")
     add("--max_validation_samples", type=int, default=256)
     add("--resolution", type=int, help="pixels; the model's native one if not given")
@@ -102,10 +104,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--adam_weight_decay", type=float, default=1e-2)
     add("--adam_epsilon", type=float, default=1e-8)
     add("--max_grad_norm", type=float, default=1.0)
+    add("--snr_gamma", type=float, help="min-SNR weighting of the loss; 5.0 is usual, none if not given")
 
     add = parser.add_argument_group("memory and speed").add_argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="accelerate's setting if not given")
     add("--gradient_checkpointing", action="store_true")
+    add("--cache_latents", action="store_true", help="encode each picture once, into a file mapped into memory")
+    add("--use_8bit_adam", action="store_true", help="needs bitsandbytes; tensors below 4096 elements stay fp32")
     add("--allow_tf32", action="store_true")
     add("--dataloader_num_workers", type=int, default=0)
 
@@ -140,132 +145,13 @@ def check_args(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
     if not 0 <= args.proportion_empty_prompts <= 1:
         raise ValueError(f"--proportion_empty_prompts must lie in 0..1, got {args.proportion_empty_prompts}")
+    if args.streaming and args.cache_latents:
+        raise ValueError("--cache_latents needs the whole data set at hand, which --streaming never has: drop one")
+    if args.dataset_name and args.train_data_dir:
+        raise ValueError("--dataset_name and --train_data_dir name two data sets: give one")
     if args.report_to is None:
         args.report_to = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
     args.output_dir = args.output_dir or f"output/foster-n{args.num_intervals}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-
-
-def load_rows(folder: str | os.PathLike, args: argparse.Namespace) -> Dataset:
-    """Rows {image: {path, bytes}, caption} of an image folder, undecoded. ValueError for what cannot be trained on."""
-    if not Path(folder).is_dir():
-        raise ValueError(f"there is no folder {folder}; give an image folder with a metadata.jsonl")
-    check_metadata(Path(folder))
-    rows = load_dataset("imagefolder", data_dir=str(folder), split="train")
-    for flag in ("image_column", "caption_column"):
-        if getattr(args, flag) not in rows.column_names:
-            raise ValueError(
-                f"--{flag} {getattr(args, flag)}: {folder} has no such column, only {rows.column_names}. Captions are "
-                'in metadata.jsonl beside the pictures, lines like {"file_name": "0001.png", "text": "a red circle"}'
-            )
-    rows = rows.select_columns([args.image_column, args.caption_column])
-    return rows.cast_column(args.image_column, ImageFeature(decode=False))
-
-
-def check_metadata(folder: Path) -> None:
-    """ValueError for a metadata.jsonl line that cannot be read or whose picture is missing, and for no pictures."""
-    for metadata in folder.rglob("metadata.jsonl"):
-        for number, line in enumerate(metadata.read_text().splitlines(), 1):
-            try:
-                name = json.loads(line)["file_name"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f'{metadata}, line {number}: need {{"file_name": ..., "text": ...}}') from error
-            if not (metadata.parent / name).is_file():
-                raise ValueError(f"{metadata}, line {number}: there is no picture {metadata.parent / name}")
-    Image.init()
-    if not any(path.suffix.lower() in Image.EXTENSION for path in folder.rglob("*")):
-        raise ValueError(f"{folder} holds no picture")
-
-
-def split_rows(args: argparse.Namespace) -> tuple[Dataset, Dataset, str]:
-    """Training rows, validation rows, and where the latter come from."""
-    validation_dir = args.validation_data_dir
-    if args.train_data_dir is None:
-        from mini import world
-
-        args.train_data_dir = os.path.relpath(world.image_folder("target", "train"))
-        validation_dir = validation_dir or os.path.relpath(world.image_folder("target", "validation"))
-    train = load_rows(args.train_data_dir, args)
-    if validation_dir is not None:
-        validation, origin = load_rows(validation_dir, args), str(validation_dir)
-    else:
-        held_out = min(args.max_validation_samples, max(2, len(train) // 10))
-        order = torch.randperm(len(train), generator=rng("held out")).tolist()
-        validation, train = train.select(order[:held_out]), train.select(sorted(order[held_out:]))
-        origin = f"{held_out} pictures held out of {args.train_data_dir}"
-    if not len(train) or len(validation) < 2:
-        raise ValueError(f"{args.train_data_dir} is too small: validation takes two pictures, training needs the rest")
-    train = train.select(range(min(len(train), args.max_train_samples or len(train))))
-    return train, validation.select(range(min(len(validation), args.max_validation_samples))), origin
-
-
-def rng(*key) -> torch.Generator:
-    """A generator of its own for each key: all randomness of training is a function of (seed, interval, k), where k =
-    optimiser step * global batch + position in it. So one expert alone equals that of the full run, a resumed run an
-    uninterrupted one, and two processes one."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-
-
-class Pictures(torch.utils.data.Dataset):
-    """Pictures with all that is random about their use. Keys are (index, *name of a generator)."""
-
-    def __init__(self, rows: Dataset, args: argparse.Namespace, latent_shape: tuple[int, ...], augment: bool):
-        self.rows, self.args, self.latent_shape, self.augment = rows, args, latent_shape, augment
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, key: tuple) -> dict:
-        index, *name = key
-        row, generator = self.rows[index], rng(*name)
-        u, drop, flip, top, left = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
-        noise, vae_noise = torch.randn(2, *self.latent_shape, generator=generator)  # (c, h, w) each
-        caption = row[self.args.caption_column]
-        if not isinstance(caption, str):
-            raise ValueError(f"picture {index} has the caption {caption!r}; each needs a text in metadata.jsonl")
-        size, mode = self.args.resolution, InterpolationMode(self.args.image_interpolation_mode)
-        image = TF.resize(open_picture(row[self.args.image_column]), size, mode)  # shorter side
-        room_x, room_y = image.width - size, image.height - size
-        if self.augment and not self.args.center_crop:
-            room_x, room_y = 2 * int(left * (room_x + 1)), 2 * int(top * (room_y + 1))
-        image = TF.crop(image, room_y // 2, room_x // 2, size, size)
-        if self.augment and self.args.random_flip and flip < 0.5:
-            image = TF.hflip(image)
-        if self.augment and drop < self.args.proportion_empty_prompts:
-            caption = ""
-        pixels = TF.to_tensor(image) * 2 - 1  # (3, size, size) in [-1, 1]
-        return {"pixels": pixels, "caption": caption, "u": u, "noise": noise, "vae_noise": vae_noise}
-
-
-def open_picture(cell: dict) -> Image.Image:
-    try:
-        source = cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])
-        return ImageOps.exif_transpose(Image.open(source)).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{cell['path']} is no picture or is truncated ({error}); replace or remove it") from error
-
-
-def training_keys(n_rows: int, args, interval: int, first_step: int, accelerator: Accelerator) -> Iterator[list]:
-    """Keys of this process's batches from an optimiser step on: a fresh permutation of the rows per epoch."""
-    batch, accumulate, processes = args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes
-    epoch, order = -1, None
-    for micro_step in range(first_step * accumulate, args.max_train_steps * accumulate):
-        start = (micro_step * processes + accelerator.process_index) * batch
-        keys = []
-        for k in range(start, start + batch):
-            if k // n_rows != epoch:
-                epoch = k // n_rows
-                order = torch.randperm(n_rows, generator=rng(args.seed, interval, "epoch", epoch))
-            keys.append((int(order[k % n_rows]), args.seed, interval, k))
-        yield keys
-
-
-def loader(dataset: Pictures, keys, args: argparse.Namespace) -> torch.utils.data.DataLoader:
-    return torch.utils.data.DataLoader(dataset, batch_sampler=keys, num_workers=args.dataloader_num_workers)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,23 +169,26 @@ class Trainee(torch.nn.Module):
         return self.experts.predict(xt, t, captions)
 
 
-def encode_pictures(vae, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """A sample of the scaled latents x0 (B, c, h, w) of pixels (B, 3, H, W)."""
-    posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
-    x0 = posterior.mean + posterior.std * noise
-    return (x0 - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
-
-
-def sample_losses(model, experts, scheduler, batch: dict, low: int, high: int) -> torch.Tensor:
+def sample_losses(model, experts, scheduler, batch: dict, low: int, high: int, snr_gamma: float | None = None):
     """Diffusion loss of each sample, Eq. 1 with t drawn uniformly from the interval [low, high) (Eq. 4): (B,)."""
     backbone, vae = experts.backbone, experts.pipe.vae
     batch = {k: v.to(vae.device) if torch.is_tensor(v) else v for k, v in batch.items()}
-    with torch.no_grad():
-        x0 = encode_pictures(vae, batch["pixels"], batch["vae_noise"])  # (B, c, h, w)
+    x0 = data.latents(vae, batch)  # (B, c, h, w)
     t = backbone.draw_t(batch["u"], low, high)  # (B,)
     xt, target = backbone.diffuse(scheduler, x0, batch["noise"], t)
     pred = model(xt, t, batch["caption"])
-    return F.mse_loss(pred.float(), target.float(), reduction="none").flatten(1).mean(1)
+    loss = F.mse_loss(pred.float(), target.float(), reduction="none").flatten(1).mean(1)  # (B,)
+    if snr_gamma is not None:
+        loss = loss * snr_weights(scheduler, t, snr_gamma)
+    return loss * batch["weight"]
+
+
+def snr_weights(scheduler, t: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Min-SNR-gamma weights (https://arxiv.org/abs/2303.09556, Sec. 3.4), (B,): min(SNR, gamma) over what the
+    prediction's own loss is in terms of x0. Within one interval they vary little."""
+    snr = compute_snr(scheduler, t).clamp(min=1e-8)  # 0 at zero terminal SNR
+    over = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
+    return snr.clamp(max=gamma) / over[scheduler.config.prediction_type]
 
 
 @torch.no_grad()
@@ -309,20 +198,25 @@ def validation_losses(model, experts, scheduler, rows: Dataset, args, interval: 
     mine = list(range(accelerator.process_index, len(rows), accelerator.num_processes))
     keys = [[(k, "validation", interval, k) for k in mine[s : s + 32]] for s in range(0, len(mine), 32)]
     losses = torch.zeros(len(rows), device=accelerator.device)
-    dataset = Pictures(rows, args, latent_shape(experts.pipe, args.resolution), augment=False)
-    for chunk, batch in zip(keys, loader(dataset, keys, args)):
+    dataset = data.Pictures(rows, args, data.latent_shape(experts.pipe, args.resolution), augment=False)
+    for chunk, batch in zip(keys, data.loader(dataset, keys, args)):
         losses[[k for k, *_ in chunk]] = sample_losses(model, experts, scheduler, batch, low, high)
     return accelerator.reduce(losses, "sum").cpu()
-
-
-def latent_shape(pipe, resolution: int) -> tuple[int, int, int]:
-    side = resolution // pipe.vae_scale_factor
-    return pipe.vae.config.latent_channels, side, side
 
 
 def on_cpu() -> bool:
     """Several CPU processes find each other only if Accelerator is told that it runs on the CPU."""
     return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+
+
+def optimizer_class(args: argparse.Namespace):
+    if not args.use_8bit_adam:
+        return torch.optim.AdamW
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ImportError("--use_8bit_adam needs `pip install bitsandbytes`") from error
+    return bitsandbytes.optim.AdamW8bit
 
 
 def load_pipeline(args: argparse.Namespace, accelerator: Accelerator):
@@ -396,13 +290,14 @@ def checkpoints(args: argparse.Namespace, interval: int) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
-def save_checkpoint(experts, optimizer, lr_scheduler, scaler, args, interval: int, step: int) -> None:
+def save_checkpoint(experts, optimizer, lr_scheduler, scaler, positions, args, interval: int, step: int) -> None:
     """Trainable state only, written under another name first; then the oldest beyond the limit go."""
     path = Path(args.output_dir) / "checkpoints" / f"interval-{interval:03d}" / f"checkpoint-{step}"
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     experts.save_expert(interval, partial / f"interval-{interval:03d}.safetensors", steps=step)  # can be sampled
     state = {"step": step, "experts": experts.state_dict(), "optimizer": optimizer.state_dict()}
+    state["positions"] = positions  # of streamed data, one per process
     state |= {"lr_scheduler": lr_scheduler.state_dict(), "scaler": scaler.state_dict() if scaler else {}}
     torch.save(state, partial / "state.pt")
     shutil.rmtree(path, ignore_errors=True)
@@ -426,19 +321,17 @@ def checkpoint_to_resume(args: argparse.Namespace, interval: int) -> Path | None
 # Training
 
 
-def foster(pipe, train: Dataset, validation: Dataset, args: argparse.Namespace, interval: int, accelerator) -> None:
+def foster(pipe, train, validation, moments, args: argparse.Namespace, interval: int, accelerator) -> None:
     """Train the expert of one interval from scratch (or from its last checkpoint) and write its file."""
-    lora_layers = args.lora_layers.split(",") if args.lora_layers else None
-    generator = rng(args.seed, interval, "A")
     experts = tsm_lora.attach_experts(
         pipe,
         args.num_intervals,
         [interval],
-        args.rank,
-        args.lora_alpha,
-        lora_layers,
-        args.train_text_encoder,
-        generator,
+        rank=args.rank,
+        alpha=args.lora_alpha,
+        lora_layers=args.lora_layers.split(",") if args.lora_layers else None,
+        train_text_encoder=args.train_text_encoder,
+        generator=data.rng(args.seed, interval, "A"),
     )
     if args.gradient_checkpointing:
         experts.enable_gradient_checkpointing()
@@ -446,7 +339,7 @@ def foster(pipe, train: Dataset, validation: Dataset, args: argparse.Namespace, 
     encoders = experts.parameters()[len(denoiser) :]
     text_encoder_lr = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
     groups = [{"params": denoiser, "lr": args.learning_rate}, {"params": encoders, "lr": text_encoder_lr}]
-    optimizer = torch.optim.AdamW(
+    optimizer = optimizer_class(args)(
         [group for group in groups if group["params"]],
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
@@ -455,13 +348,15 @@ def foster(pipe, train: Dataset, validation: Dataset, args: argparse.Namespace, 
     lr_scheduler = get_scheduler(  # not prepared: a function of the optimiser step alone, on any number of processes
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
-    step, state = 0, None
+    step, state, position = 0, None, None
     if (checkpoint := checkpoint_to_resume(args, interval)) is not None:
         state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
         experts.load_state_dict(state["experts"])
         optimizer.load_state_dict(state["optimizer"])
         lr_scheduler.load_state_dict(state["lr_scheduler"])
         step = state["step"]
+        if state["positions"]:
+            position = state["positions"][accelerator.process_index]
         accelerator.print(f"expert {interval} goes on from {checkpoint}")
     model, optimizer = accelerator.prepare(Trainee(experts), optimizer)
     if accelerator.scaler is not None:
@@ -469,8 +364,8 @@ def foster(pipe, train: Dataset, validation: Dataset, args: argparse.Namespace, 
 
     low, high = tsm_lora.interval_bounds(args.num_intervals)[interval : interval + 2]
     scheduler = experts.backbone.noise_scheduler(pipe)
-    dataset = Pictures(train, args, latent_shape(pipe, args.resolution), augment=True)
-    keys = training_keys(len(train), args, interval, step, accelerator)
+    dataset = data.Pictures(train, args, data.latent_shape(pipe, args.resolution), augment=True, moments=moments)
+    batches = data.training_loader(dataset, args, interval, step, accelerator, position)
     progress = tqdm(
         initial=step,
         total=args.max_train_steps,
@@ -479,9 +374,10 @@ def foster(pipe, train: Dataset, validation: Dataset, args: argparse.Namespace, 
     )
     losses, parameters = [], experts.parameters()
     earlier = args.interval_indices.index(interval) * args.max_train_steps  # trackers want one growing count
-    for batch in loader(dataset, keys, args):
+    for batch in islice(batches, (args.max_train_steps - step) * args.gradient_accumulation_steps):
+        position = batch.pop("position", None)
         with accelerator.accumulate(model):
-            loss = sample_losses(model, experts, scheduler, batch, low, high).mean()
+            loss = sample_losses(model, experts, scheduler, batch, low, high, args.snr_gamma).mean()
             losses.append(loss.detach())
             accelerator.backward(loss)
             if accelerator.sync_gradients:
@@ -500,8 +396,10 @@ def foster(pipe, train: Dataset, validation: Dataset, args: argparse.Namespace, 
             progress.set_postfix(loss=f"{loss:.4f}", lr=lr)
             scalars = {f"loss/interval-{interval:03d}": loss, "lr": lr, "grad_norm": grad_norm.item()}
             accelerator.log(scalars, step=earlier + step)
-        if step % args.checkpointing_steps == 0 and accelerator.is_main_process:
-            save_checkpoint(experts, optimizer, lr_scheduler, accelerator.scaler, args, interval, step)
+        if step % args.checkpointing_steps == 0:
+            positions = gather_object([position]) if args.streaming else []
+            if accelerator.is_main_process:
+                save_checkpoint(experts, optimizer, lr_scheduler, accelerator.scaler, positions, args, interval, step)
         if args.validation_steps and step % args.validation_steps == 0 and len(validation):
             loss = validation_losses(model, experts, scheduler, validation, args, interval, accelerator).mean().item()
             accelerator.log({f"validation/interval-{interval:03d}": loss}, step=earlier + step)
@@ -580,7 +478,7 @@ def main(args: argparse.Namespace) -> None:
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     with accelerator.main_process_first():
-        train, validation, origin = split_rows(args)
+        train, validation, origin = data.split_rows(args)
     pipe = load_pipeline(args, accelerator)
     if accelerator.is_main_process:
         claim_output_dir(args)
@@ -588,14 +486,18 @@ def main(args: argparse.Namespace) -> None:
     accelerator.init_trackers("train_foster", {k: str(v) for k, v in vars(args).items()})
     batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     accelerator.print(f"{len(args.interval_indices)} of {args.num_intervals} experts of rank {args.rank}")
-    accelerator.print(f"{len(train)} pictures of {args.train_data_dir}, global batch {batch}")
+    size = "a stream of" if args.streaming else len(train)
+    accelerator.print(f"{size} pictures from {args.dataset_name or args.train_data_dir}, global batch {batch}")
     accelerator.print(f"{args.max_train_steps} steps or {batch * args.max_train_steps} pictures per expert")
+    moments = None
+    if args.cache_latents:
+        moments = data.cache_latents(pipe, train, args, accelerator, Path(args.output_dir) / "latents.bin")
     for interval in args.interval_indices:
         from_here = args.resume_from_checkpoint != "latest" and checkpoint_to_resume(args, interval) is not None
         if expert_path(args, interval).exists() and not from_here:
             accelerator.print(f"expert {interval} is finished, skipping it")
             continue
-        foster(pipe, train, validation, args, interval, accelerator)
+        foster(pipe, train, validation, moments, args, interval, accelerator)
     if accelerator.is_main_process:
         report(pipe, validation, origin, args)
     accelerator.end_training()

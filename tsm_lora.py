@@ -219,7 +219,7 @@ def _ddpm_scheduler(pipe):
 
 def _ddpm_t(u: torch.Tensor, low: int, high: int) -> torch.Tensor:
     """Uniform integers of [low, high) from uniform u in [0, 1), Eq. 4."""
-    return (low + (u.double() * (high - low)).long()).clamp(max=high - 1)
+    return (low + (u * (high - low)).long()).clamp(max=high - 1)
 
 
 def _ddpm_diffuse(scheduler, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, ...]:

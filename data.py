@@ -1,0 +1,302 @@
+"""Pictures with captions for the training scripts: image folders, hub data sets, parquet, web-dataset shards.
+
+All randomness of training is one function of (seed, interval, k), where k = optimiser step * global batch + position
+in it: the order of samples, crop, flip, caption drop, t and both noises come from `rng` of that key and from nothing
+else. So one expert alone equals that of the full run, a resumed run an uninterrupted one, and two processes one.
+(Streamed data is the exception: it goes on at its shard position, but its order depends on the number of processes.)
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torchvision.transforms.functional as TF
+from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Image as ImageFeature
+from datasets.distributed import split_dataset_by_node
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader, default_collate
+from torchvision.transforms import InterpolationMode
+from tqdm.auto import tqdm
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+
+
+def rng(*key) -> torch.Generator:
+    """A generator of its own for each key."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where pictures come from
+
+
+def load_rows(source: str | os.PathLike, args, streaming: bool = False) -> Dataset | IterableDataset:
+    """Rows with an undecoded image {path, bytes}, a caption and perhaps a reward.
+
+    `source` is --dataset_name, a folder of pictures with metadata, of .tar shards or of .parquet files. ValueError for
+    what cannot be trained on: no such folder or column, metadata that cannot be read, a missing picture.
+    """
+    folder = Path(source)
+    if source == args.dataset_name and not folder.exists():
+        rows = load_dataset(source, args.dataset_config_name, split="train", streaming=streaming)
+    elif not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; give an image folder with a metadata.jsonl, or --dataset_name")
+    elif files := sorted(map(str, folder.glob("*.tar"))):
+        rows = load_dataset("webdataset", data_files=files, split="train", streaming=streaming)
+    elif files := sorted(map(str, folder.rglob("*.parquet"))):
+        rows = load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+    else:
+        check_metadata(folder)
+        rows = load_dataset("imagefolder", data_dir=str(folder), split="train", streaming=streaming)
+    columns = [args.image_column, args.caption_column] + ([args.reward_column] if args.reward_column else [])
+    for column in columns:
+        if column not in rows.column_names:
+            flag = next(k for k in ("image_column", "caption_column", "reward_column") if getattr(args, k) == column)
+            raise ValueError(
+                f"--{flag} {column}: {source} has no such column, only {rows.column_names}. In an image folder they "
+                'stand in metadata.jsonl, lines like {"file_name": "0001.png", "text": "a red circle"}'
+            )
+    columns += [name for name in ("__key__", "__url__") if name in rows.column_names]
+    return rows.select_columns(columns).cast_column(args.image_column, ImageFeature(decode=False))
+
+
+def check_metadata(folder: Path) -> None:
+    """ValueError for a metadata line that cannot be read or whose picture is missing, and for a folder without any."""
+    for metadata in (path for name in METADATA for path in folder.rglob(name)):
+        with open(metadata, newline="", encoding="utf-8") as file:
+            lines = csv.DictReader(file) if metadata.suffix == ".csv" else file
+            for number, line in enumerate(lines, 2 if metadata.suffix == ".csv" else 1):
+                try:
+                    name = (line if isinstance(line, dict) else json.loads(line))["file_name"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(f'{metadata}, line {number}: need {{"file_name": ..., "text": ...}}') from error
+                if not (metadata.parent / name).is_file():
+                    raise ValueError(f"{metadata}, line {number}: there is no picture {metadata.parent / name}")
+    Image.init()
+    if not any(path.suffix.lower() in Image.EXTENSION for path in folder.rglob("*")):
+        raise ValueError(f"{folder} holds no picture")
+
+
+def split_rows(args) -> tuple[Dataset | IterableDataset, Dataset, str]:
+    """Training rows, validation rows, and where the latter come from."""
+    source, validation_dir = args.dataset_name or args.train_data_dir, args.validation_data_dir
+    if source is None:
+        from mini import world
+
+        source = args.train_data_dir = os.path.relpath(world.image_folder("target", "train"))
+        validation_dir = validation_dir or os.path.relpath(world.image_folder("target", "validation"))
+    if args.streaming and validation_dir is None:
+        raise ValueError("--streaming has no held-out part: give --validation_data_dir, an image folder")
+    train = load_rows(source, args, args.streaming)
+    if validation_dir is not None:
+        validation, origin = load_rows(validation_dir, args), str(validation_dir)
+    else:
+        held_out = min(args.max_validation_samples, max(2, len(train) // 10))
+        order = torch.randperm(len(train), generator=rng("held out")).tolist()
+        validation, train = train.select(order[:held_out]), train.select(sorted(order[held_out:]))
+        origin = f"{held_out} pictures held out of {source}"
+    if args.max_train_samples:
+        train = train.take(args.max_train_samples)
+    if len(validation) < 2 or (not args.streaming and not len(train)):
+        raise ValueError(f"{source} is too small: validation takes two pictures, training needs the rest")
+    return train, validation.take(min(len(validation), args.max_validation_samples)), origin
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What becomes of them
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Pictures with all that is random about their use. Keys are (index, *name of a generator)."""
+
+    def __init__(self, rows, args, latent_shape: tuple[int, ...], augment: bool, moments: torch.Tensor | None = None):
+        self.rows, self.args, self.latent_shape, self.augment = rows, args, latent_shape, augment
+        self.moments = moments  # the latent cache
+
+    def __getitem__(self, key: tuple) -> dict:
+        index, *name = key
+        return self.sample(self.rows[index], index, name)
+
+    def sample(self, row: dict, index: int, name: list) -> dict:
+        generator = rng(*name)
+        u, *rest = torch.rand(5, generator=generator)
+        drop, flip, top, left = (value.item() for value in rest)
+        noise, vae_noise = torch.randn(2, *self.latent_shape, generator=generator)  # (c, h, w) each
+        flip = self.augment and self.args.random_flip and flip < 0.5
+        caption = row[self.args.caption_column]
+        if not isinstance(caption, str):
+            raise ValueError(f"{name_of(row, index)} has the caption {caption!r}; each picture needs a text")
+        if self.augment and drop < self.args.proportion_empty_prompts:
+            caption = ""
+        weight = torch.tensor(row[self.args.reward_column] if self.augment and self.args.reward_column else 1.0)
+        sample = {"caption": caption, "weight": weight, "u": u, "noise": noise, "vae_noise": vae_noise}
+        if self.moments is not None:
+            return sample | {"moments": self.moments[index, int(flip)]}
+        return sample | {"pixels": self.pixels(row, index, flip, top, left)}
+
+    def pixels(self, row: dict, index: int, flip: bool, top: float = 0.5, left: float = 0.5) -> torch.Tensor:
+        """(3, size, size) in [-1, 1]: the shorter side resized, then a crop in the centre or at random."""
+        size, mode = self.args.resolution, InterpolationMode(self.args.image_interpolation_mode)
+        image = TF.resize(open_picture(row[self.args.image_column], name_of(row, index)), size, mode)
+        room_x, room_y = image.width - size, image.height - size
+        if self.augment and not self.args.center_crop:
+            x, y = int(left * (room_x + 1)), int(top * (room_y + 1))
+        else:
+            x, y = room_x // 2, room_y // 2
+        image = TF.crop(image, y, x, size, size)
+        return TF.to_tensor(TF.hflip(image) if flip else image) * 2 - 1
+
+    def cacheable_pixels(self, row: dict, index: int, flip: bool) -> torch.Tensor:
+        width, height = open_picture(row[self.args.image_column], name_of(row, index)).size
+        if width != height and not self.args.center_crop:
+            raise ValueError(
+                f"--cache_latents cannot cache random crops, and {name_of(row, index)} is {width}x{height}: add "
+                "--center_crop or give square pictures"
+            )
+        return self.pixels(row, index, flip)
+
+
+def name_of(row: dict, index: int) -> str:
+    return f"record {row['__key__']} of {row['__url__']}" if "__key__" in row else f"picture {index}"
+
+
+def open_picture(cell: dict, name: str) -> Image.Image:
+    name = cell["path"] or name
+    try:
+        source = cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])
+        return ImageOps.exif_transpose(Image.open(source)).convert("RGB")
+    except (OSError, SyntaxError, UnidentifiedImageError) as error:
+        raise ValueError(f"{name} is no picture or is truncated ({error}); replace or remove it") from error
+
+
+def training_keys(n_rows: int, args, interval: int, first_step: int, accelerator) -> Iterator[list]:
+    """Keys of this process's batches from an optimiser step on: a fresh permutation of the rows per epoch."""
+    batch, accumulate, processes = args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes
+    epoch, order = -1, None
+    for micro_step in range(first_step * accumulate, args.max_train_steps * accumulate):
+        start = (micro_step * processes + accelerator.process_index) * batch
+        keys = []
+        for k in range(start, start + batch):
+            if k // n_rows != epoch:
+                epoch = k // n_rows
+                order = torch.randperm(n_rows, generator=rng(args.seed, interval, "epoch", epoch))
+            keys.append((int(order[k % n_rows]), args.seed, interval, k))
+        yield keys
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Batches of streamed rows, each with the position after it under "position": {epoch, records, skipped, rows}.
+
+    Shards are split over the processes and read in turn, in an order of their own per epoch. The position names the
+    next record of each open shard, so that a resumed run reads on where it stopped.
+    """
+
+    def __init__(self, pictures: Pictures, args, interval: int, accelerator, position: dict | None):
+        self.pictures, self.args, self.interval = pictures, args, interval
+        self.rank, self.processes = accelerator.process_index, accelerator.num_processes
+        self.position = position or {"epoch": 0, "records": 0, "skipped": 0, "rows": None}
+
+    def __iter__(self) -> Iterator[dict]:
+        position, ready = dict(self.position), []
+        with ThreadPoolExecutor(self.args.dataloader_num_workers or 1) as pool:
+            while True:
+                read_before = position["records"]
+                seed = rng(self.args.seed, self.interval, "epoch", position["epoch"]).initial_seed() % 2**32
+                # a buffer of one: samples keep their order within a shard, or the position would be lost with them
+                rows = self.pictures.rows.shuffle(seed=seed, buffer_size=1)
+                rows = split_dataset_by_node(rows, self.rank, self.processes)
+                if position["rows"] is not None:
+                    rows.load_state_dict(position["rows"])
+                iterator = iter(rows)
+                while records := list(islice(iterator, self.args.train_batch_size - len(ready))):
+                    numbers = range(position["records"], position["records"] + len(records))
+                    samples = list(pool.map(self.sample_or_error, records, numbers))
+                    position["records"] += len(records)
+                    for error in (s for s in samples if isinstance(s, ValueError)):
+                        if self.args.corrupt_records == "stop":
+                            raise error
+                        position["skipped"] += 1
+                        print(f"skipped ({position['skipped']} so far): {error}", file=sys.stderr)
+                    ready += [s for s in samples if not isinstance(s, ValueError)]
+                    position["rows"] = rows.state_dict()
+                    if len(ready) == self.args.train_batch_size:
+                        yield default_collate(ready) | {"position": dict(position)}
+                        ready = []
+                if position["records"] == read_before and position["rows"] is None:
+                    raise ValueError("the streamed data set gives this process no record: it needs one shard or more")
+                position |= {"epoch": position["epoch"] + 1, "rows": None}
+
+    def sample_or_error(self, row: dict, number: int) -> dict | ValueError:
+        try:
+            return self.pictures.sample(row, number, (self.args.seed, self.interval, "stream", self.rank, number))
+        except ValueError as error:
+            return error
+
+
+def loader(dataset: Pictures, keys, args) -> DataLoader:
+    return DataLoader(dataset, batch_sampler=keys, num_workers=args.dataloader_num_workers)
+
+
+def training_loader(
+    pictures: Pictures, args, interval: int, step: int, accelerator, position: dict | None
+) -> DataLoader:
+    """This process's batches from an optimiser step (or stream position) on."""
+    if args.streaming:
+        stream = Stream(pictures, args, interval, accelerator, position)
+        return DataLoader(stream, batch_size=None, num_workers=min(1, args.dataloader_num_workers))
+    return loader(pictures, training_keys(len(pictures.rows), args, interval, step, accelerator), args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latents
+
+
+def latent_shape(pipe, resolution: int) -> tuple[int, int, int]:
+    side = resolution // pipe.vae_scale_factor
+    return pipe.vae.config.latent_channels, side, side
+
+
+@torch.no_grad()
+def encode(vae, pixels: torch.Tensor) -> torch.Tensor:
+    """Mean and standard deviation of the latents of pixels (B, 3, H, W): (B, 2, c, h, w)."""
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    return torch.stack([posterior.mean, posterior.std], 1)
+
+
+def latents(vae, batch: dict) -> torch.Tensor:
+    """A sample x0 (B, c, h, w) of the scaled latents of a batch, cached or encoded now."""
+    moments = batch["moments"] if "moments" in batch else encode(vae, batch["pixels"])
+    x0 = moments[:, 0] + moments[:, 1] * batch["vae_noise"]
+    return (x0 - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
+
+
+def cache_latents(pipe, rows: Dataset, args, accelerator, path: Path) -> torch.Tensor:
+    """Moments of every picture, (N, 1 or 2 flips, 2, c, h, w), in a file mapped into memory: the system keeps as much
+    of it in memory as fits. The processes share the work, and a complete file is used again. ValueError where a random
+    crop would need fresh latents."""
+    shape = (len(rows), 2 if args.random_flip else 1, 2, *latent_shape(pipe, args.resolution))
+    pictures, done = Pictures(rows, args, shape[3:], augment=False), path.with_suffix(".done")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with accelerator.main_process_first():
+        store = torch.from_file(str(path), shared=True, size=torch.Size(shape).numel()).view(shape)
+    if done.exists() and done.read_text() == str(shape):
+        return store
+    mine = list(range(accelerator.process_index, len(rows), accelerator.num_processes))
+    for start in tqdm(range(0, len(mine), 16), desc="latents", disable=not accelerator.is_local_main_process):
+        chunk = mine[start : start + 16]
+        pixels = [pictures.cacheable_pixels(rows[k], k, bool(flip)) for k in chunk for flip in range(shape[1])]
+        store[chunk] = encode(pipe.vae, torch.stack(pixels)).view(len(chunk), *shape[1:]).cpu()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        done.write_text(str(shape))
+    return store
