@@ -14,7 +14,8 @@ One LoRA per timestep interval, each trained as if it were alone, on t drawn uni
 t grows with noise: interval 0 is the cleanest. Writes into --output_dir (default output/foster-n8)
     experts-n8/interval-003.safetensors   one ordinary LoRA file per expert, for sample.py and load_experts
     checkpoints/interval-003/checkpoint-N to go on from with --resume_from_checkpoint latest
-    validation.json, samples.png          loss per interval and pictures, base beside experts
+    validation.json, loss.png             loss per interval, base beside experts
+    samples.png                           the same prompts and noise, base above experts
     args.json, logs/                      every setting with versions; the tracker's files
 """
 
@@ -38,6 +39,8 @@ from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
 from diffusers.utils import make_image_grid
+from huggingface_hub import HfApi
+from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from tqdm.auto import tqdm
@@ -52,6 +55,7 @@ FREE_FLAGS = {
     *("interval_indices", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "output_dir"),
     *("report_to", "logging_dir", "dataloader_num_workers", "validation_prompts", "num_inference_steps"),
     *("validation_data_dir", "max_validation_samples", "validation_steps", "guidance_scale"),
+    *("push_to_hub", "hub_model_id", "hub_token"),  # and a token is written nowhere
 }
 
 
@@ -125,6 +129,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpointing_steps", type=int, default=500)
     add("--checkpoints_total_limit", type=int, help="kept per expert")
     add("--resume_from_checkpoint", help="latest, or the path of a checkpoint; finished experts are skipped")
+
+    add = parser.add_argument_group("hub").add_argument
+    add("--push_to_hub", action="store_true", help="the experts with a model card")
+    add("--hub_model_id", help="the name of --output_dir if not given")
+    add("--hub_token", help="the stored one if not given")
     args = parser.parse_args(argv)
     check_args(args)
     return args
@@ -433,18 +442,18 @@ def validate(model, experts, scheduler, validation, args, interval: int, acceler
 
 
 def report(pipe, validation: Dataset, origin: str, args: argparse.Namespace) -> None:
-    """The table of validation losses, and, once all experts are there, pictures of base (top) and experts (bottom)."""
+    """Table and picture of the validation losses, the model card, and, once all experts are there, pictures of base
+    (top) and experts (bottom)."""
     out = Path(args.output_dir)
     records = [json.loads(path.read_text()) for path in sorted((out / "validation").glob("interval-*.json"))]
     write_json(out / "validation.json", {"pictures_from": origin, "intervals": records})
-    print(f"\nvalidation loss on {origin}, fixed noise; t grows with noise")
-    print("interval  timesteps   base    expert  gain")
+    table = ["| interval | timesteps | base | expert | gain ± standard error |", "|---|---|---|---|---|"]
     for r in records:
-        timesteps = "{}..{}".format(*r["timesteps"])
-        print(
-            f"{r['interval']:8d}  {timesteps:9s}  {r['base']:.4f}  {r['expert']:.4f}  "
-            f"{r['gain']:+.4f} ± {r['standard_error']:.4f}"
-        )
+        timesteps, gain = "{}..{}".format(*r["timesteps"]), f"{r['gain']:+.4f} ± {r['standard_error']:.4f}"
+        table.append(f"| {r['interval']} | {timesteps} | {r['base']:.4f} | {r['expert']:.4f} | {gain} |")
+    print("\n".join([f"\nvalidation loss on {origin}, fixed noise; t grows with noise", *table]))
+    plot_losses(records, out / "loss.png")
+    write_card("\n".join(table), origin, args)
     if not all(expert_path(args, i).exists() for i in range(args.num_intervals)):
         return
     prompts = args.validation_prompts or [row[args.caption_column] for row in islice(validation, 8)]
@@ -467,6 +476,49 @@ def report(pipe, validation: Dataset, origin: str, args: argparse.Namespace) -> 
         print(f"  column {k + 1}: {prompt}")
 
 
+def plot_losses(records: list[dict], path: Path) -> None:
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    middle = [sum(r["timesteps"]) / 2 for r in records]
+    axes.plot(middle, [r["base"] for r in records], "o-", label="base")
+    axes.errorbar(middle, [r["expert"] for r in records], [2 * r["standard_error"] for r in records], label="experts")
+    axes.set(xlabel="timestep t (grows with noise)", ylabel="validation loss", yscale="log")
+    axes.legend(title="bars: 2 standard errors of the gain")
+    figure.savefig(path, dpi=120)
+
+
+def write_card(table: str, origin: str, args: argparse.Namespace) -> None:
+    """README.md beside the experts, the model card of a hub repository."""
+    (expert_path(args, 0).parent / "README.md").write_text(
+        f"""---
+base_model: {args.pretrained_model_name_or_path}
+library_name: diffusers
+tags: [text-to-image, lora, timestep-experts]
+---
+# Timestep LoRA experts
+
+{args.num_intervals} LoRA experts of rank {args.rank} for `{args.pretrained_model_name_or_path}`, one per interval of
+equal width of the 1000 training timesteps. t grows with noise: interval 0 is the cleanest. Each file is an ordinary
+LoRA; `tsm_lora.load_experts(pipe, folder)` runs, at each step, the expert of its t.
+
+Validation loss on {origin}:
+
+{table}
+
+```json
+{json.dumps({k: v for k, v in vars(args).items() if k not in FREE_FLAGS}, indent=1)}
+```
+"""
+    )
+
+
+def push_to_hub(args: argparse.Namespace) -> None:
+    api = HfApi(token=args.hub_token)
+    repo_id = api.create_repo(args.hub_model_id or Path(args.output_dir).name, exist_ok=True).repo_id
+    api.upload_folder(repo_id=repo_id, folder_path=expert_path(args, 0).parent, commit_message="timestep LoRA experts")
+    print(f"pushed to {repo_id}")
+
+
 def main(args: argparse.Namespace) -> None:
     accelerator = Accelerator(
         cpu=on_cpu(),
@@ -483,7 +535,7 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         claim_output_dir(args)
     accelerator.wait_for_everyone()
-    accelerator.init_trackers("train_foster", {k: str(v) for k, v in vars(args).items()})
+    accelerator.init_trackers("train_foster", {k: str(v) for k, v in vars(args).items() if k != "hub_token"})
     batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     accelerator.print(f"{len(args.interval_indices)} of {args.num_intervals} experts of rank {args.rank}")
     size = "a stream of" if args.streaming else len(train)
@@ -500,6 +552,8 @@ def main(args: argparse.Namespace) -> None:
         foster(pipe, train, validation, moments, args, interval, accelerator)
     if accelerator.is_main_process:
         report(pipe, validation, origin, args)
+        if args.push_to_hub:
+            push_to_hub(args)
     accelerator.end_training()
 
 

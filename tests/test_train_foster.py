@@ -77,7 +77,7 @@ def assert_identical(a, b):
 
 def test_full_run(world, full_run):
     out = full_run.parent
-    assert sorted(p.name for p in full_run.iterdir()) == [f"interval-{i:03d}.safetensors" for i in range(4)]
+    assert sorted(p.name for p in full_run.glob("*.safetensors")) == [f"interval-{i:03d}.safetensors" for i in range(4)]
     table = json.loads((out / "validation.json").read_text())
     assert [r["interval"] for r in table["intervals"]] == [0, 1, 2, 3]
     assert "held out" in table["pictures_from"] and all(r["base"] != r["expert"] for r in table["intervals"])
@@ -95,7 +95,7 @@ def test_full_run(world, full_run):
 def test_one_expert_alone_is_that_of_the_full_run(world, full_run, tmp_path):
     alone = run(world, tmp_path, "--interval_indices", 3)
     assert_identical(tensors(alone, 3), tensors(full_run, 3))
-    assert [p.name for p in alone.iterdir()] == ["interval-003.safetensors"]
+    assert [p.name for p in alone.glob("*.safetensors")] == ["interval-003.safetensors"]
 
 
 def test_another_seed_gives_another_expert(world, full_run, tmp_path):
@@ -334,3 +334,48 @@ def test_trackers_get_loss_rate_norm_and_validation(world, tmp_path):
     table = json.loads((tmp_path / "validation.json").read_text())["intervals"]
     assert scalars["validation/interval-003"][-1][1] == pytest.approx(table[1]["expert"], rel=1e-5)
     assert all(norm > 0 for _, norm in scalars["grad_norm"])
+
+
+def test_card_and_hub(world, full_run, tmp_path):
+    """The card has the interval table; --push_to_hub sends the experts' folder, and the token is written nowhere."""
+    card = (full_run / "README.md").read_text()
+    assert "| 3 | 750..999 |" in card and "interval 0 is the cleanest" in card
+    assert Image.open(full_run.parent / "loss.png").size == (720, 360)
+    calls = []
+
+    class Api:
+        def __init__(self, token):
+            calls.append(token)
+
+        def create_repo(self, name, exist_ok):
+            return SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            calls.append((repo_id, sorted(p.name for p in folder_path.iterdir())))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_foster, "HfApi", Api)
+        flags = ("--push_to_hub", "--hub_token", "secret-token", "--hub_model_id", "mine")
+        run(world, tmp_path, "--interval_indices", 3, *flags)
+    assert calls == ["secret-token", ("me/mine", ["README.md", "interval-003.safetensors"])]
+    assert all(b"secret-token" not in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+
+
+def test_min_snr_weights():
+    scheduler = tsm_lora.backbone_of(tiny_sd()).noise_scheduler(tiny_sd())
+    t = torch.tensor([0, 300, 999])
+    ab = scheduler.alphas_cumprod[t]
+    snr = ab / (1 - ab)
+    assert snr[0] > 5 > snr[2]
+    expected = torch.stack([5 / snr[0], torch.clamp(5 / snr[1], max=1), torch.tensor(1.0)])
+    torch.testing.assert_close(train_foster.snr_weights(scheduler, t, 5.0), expected)
+    scheduler.register_to_config(prediction_type="v_prediction")
+    torch.testing.assert_close(train_foster.snr_weights(scheduler, t, 5.0)[2], snr[2] / (snr[2] + 1))
+
+
+def test_8bit_adam_and_min_snr_train(world, full_run, tmp_path):
+    other = tensors(run(world, tmp_path, "--interval_indices", 2, "--use_8bit_adam"), 2)
+    for key, value in tensors(full_run, 2).items():  # every tensor here is below 4096 elements, which stay fp32
+        torch.testing.assert_close(other[key], value, atol=1e-4, rtol=1e-2)
+    weighted = tensors(run(world, tmp_path / "snr", "--interval_indices", 0, "--snr_gamma", 5), 0)
+    assert any(not torch.allclose(weighted[k], v) for k, v in tensors(full_run, 0).items())
