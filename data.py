@@ -57,7 +57,9 @@ def load_rows(source: str | os.PathLike, args, streaming: bool = False) -> Datas
         rows = load_dataset("parquet", data_files=files, split="train", streaming=streaming)
     else:
         check_metadata(folder)
-        rows = load_dataset("imagefolder", data_dir=str(folder), split="train", streaming=streaming)
+        # all files are one split, whatever they are called: "test_01.png" would found another
+        files = {"train": "**"}
+        rows = load_dataset("imagefolder", data_dir=str(folder), data_files=files, split="train", streaming=streaming)
     columns = [args.image_column, args.caption_column] + ([args.reward_column] if args.reward_column else [])
     for column in columns:
         if column not in rows.column_names:
@@ -244,7 +246,8 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 def loader(dataset: Pictures, keys, args) -> DataLoader:
-    return DataLoader(dataset, batch_sampler=keys, num_workers=args.dataloader_num_workers)
+    workers, pin = args.dataloader_num_workers, torch.cuda.is_available()
+    return DataLoader(dataset, batch_sampler=keys, num_workers=workers, pin_memory=pin)
 
 
 def training_loader(
@@ -289,7 +292,8 @@ def cache_latents(pipe, rows: Dataset, args, accelerator, path: Path) -> torch.T
     path.parent.mkdir(parents=True, exist_ok=True)
     with accelerator.main_process_first():
         store = torch.from_file(str(path), shared=True, size=torch.Size(shape).numel()).view(shape)
-    if done.exists() and done.read_text() == str(shape):
+    state = f"{shape} {rows._fingerprint}"
+    if done.exists() and done.read_text() == state:
         return store
     mine = list(range(accelerator.process_index, len(rows), accelerator.num_processes))
     for start in tqdm(range(0, len(mine), 16), desc="latents", disable=not accelerator.is_local_main_process):
@@ -298,5 +302,5 @@ def cache_latents(pipe, rows: Dataset, args, accelerator, path: Path) -> torch.T
         store[chunk] = encode(pipe.vae, torch.stack(pixels)).view(len(chunk), *shape[1:]).cpu()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        done.write_text(str(shape))
+        done.write_text(state)
     return store

@@ -1,6 +1,7 @@
 """Score what was trained.
 
     python evaluate.py mini output/base output/tsm               # pictures of sample.py, by the mini world's detectors
+    python evaluate.py digits output/digits-tsm                  # by a classifier of handwritten digits
     python evaluate.py loss --experts output/foster-n8/experts-n8        # validation loss per timestep interval
 
 `mini` reads the folders that sample.py wrote, each with samples/ and metadata.jsonl, and gives the share of pictures
@@ -23,23 +24,26 @@ import data
 import train_foster
 import tsm_lora
 
-MINI_SCORES = ("colour", "shape", "texture", "spatial", "binding", "complex")
+SCORES = {"mini": ("colour", "shape", "texture", "spatial", "binding", "complex"), "digits": ("digit",)}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    mini = commands.add_parser("mini", help="scores of sampled pictures by the mini world's detectors")
-    mini.add_argument("image_dirs", nargs="+", help="folders that sample.py wrote")
-    mini.add_argument("--output_file", default="output/scores.json")
-    loss = commands.add_parser("loss", help="validation loss per interval of the base and of experts")
+    for command, what in (("mini", "by the mini world's detectors"), ("digits", "by a classifier of digits")):
+        scores = commands.add_parser(command, help=f"scores of sampled pictures {what}")
+        scores.add_argument("image_dirs", nargs="+", help="folders that sample.py wrote")
+        scores.add_argument("--output_file", default="output/scores.json")
+    loss = commands.add_parser("loss", help="validation loss per interval; takes train_foster.py's flags too")
     loss.add_argument("--experts", nargs="+", required=True, help="folders of experts")
     loss.add_argument("--num_intervals", type=int, default=8, help="intervals of the table, whatever the experts' own")
-    loss.add_argument("--validation_data_dir", help="image folder; the mini world's validation part if not given")
-    loss.add_argument("--max_validation_samples", type=int, default=256)
-    loss.add_argument("--pretrained_model_name_or_path", help="folder or hub id; mini/sd15 if not given")
     loss.add_argument("--output_file", default="output/loss.json")
-    return parser.parse_args(argv)
+    args, other = parser.parse_known_args(argv)
+    if args.command != "loss" and other:
+        parser.error(f"unrecognized arguments: {' '.join(other)}")
+    if args.command == "loss":  # model and data by train_foster.py's own flags
+        args.settings = train_foster.parse_args([*other, "--num_intervals", str(args.num_intervals)])
+    return args
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -49,7 +53,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Mini world
+# Pictures
 
 
 def read_samples(folder: str | os.PathLike) -> list[tuple[Path, str]]:
@@ -66,19 +70,29 @@ def read_samples(folder: str | os.PathLike) -> list[tuple[Path, str]]:
     return [(folder / row["file_name"], row["text"]) for row in rows]
 
 
-def mini_scores(folder: str | os.PathLike) -> dict:
-    """Mean, standard error and count of each score over the pictures whose prompt asks for it."""
-    from mini import world
+def scorer(command: str):
+    """(picture, prompt) -> {score: value, or None where the prompt does not ask for it}."""
+    if command == "mini":
+        from mini.world import score
 
-    values: dict[str, list[float]] = {name: [] for name in MINI_SCORES}
+        return score
+    from mini import digits
+
+    return lambda picture, prompt: {"digit": digits.score(picture, prompt)}
+
+
+def mean_scores(folder: str | os.PathLike, command: str) -> dict:
+    """Mean, standard error and count of each score over the pictures whose prompt asks for it."""
+    score_of = scorer(command)
+    values: dict[str, list[float]] = {name: [] for name in SCORES[command]}
     for path, prompt in tqdm(read_samples(folder), desc=str(folder)):
         try:
-            score = world.score(Image.open(path).convert("RGB"), prompt)
+            score = score_of(Image.open(path).convert("RGB"), prompt)
         except (OSError, UnidentifiedImageError) as error:
             raise ValueError(
                 f"{path} is no picture or is truncated ({error}); delete it and run sample.py again"
             ) from error
-        for name in MINI_SCORES:
+        for name in SCORES[command]:
             if score[name] is not None:
                 values[name].append(score[name])
     return {
@@ -87,10 +101,10 @@ def mini_scores(folder: str | os.PathLike) -> dict:
     }
 
 
-def evaluate_mini(args: argparse.Namespace) -> None:
-    scores = {folder: mini_scores(folder) for folder in args.image_dirs}
+def evaluate_pictures(args: argparse.Namespace) -> None:
+    scores = {folder: mean_scores(folder, args.command) for folder in args.image_dirs}
     width = max(len(folder) for folder in scores)
-    print(f"\n{'':{width}s}" + "".join(f"{name:>14s}" for name in MINI_SCORES) + "   (%, ± standard error)")
+    print(f"\n{'':{width}s}" + "".join(f"{name:>14s}" for name in SCORES[args.command]) + "   (%, ± standard error)")
     for folder, row in scores.items():
         cells = (f"{100 * v['mean']:.1f} ± {100 * v['standard_error']:.1f}" if v else "-" for v in row.values())
         print(f"{folder:{width}s}" + "".join(f"{cell:>14s}" for cell in cells))
@@ -104,18 +118,10 @@ def evaluate_mini(args: argparse.Namespace) -> None:
 def evaluate_loss(args: argparse.Namespace) -> None:
     from accelerate import Accelerator
 
-    flags = ["--num_intervals", str(args.num_intervals)]
-    if args.pretrained_model_name_or_path:
-        flags += ["--pretrained_model_name_or_path", args.pretrained_model_name_or_path]
-    settings = train_foster.parse_args(flags)
-    accelerator = Accelerator(cpu=train_foster.on_cpu())
+    settings = args.settings
+    accelerator = Accelerator(cpu=train_foster.on_cpu(), mixed_precision=settings.mixed_precision)
     pipe = train_foster.load_pipeline(settings, accelerator)
-    if args.validation_data_dir is None:
-        from mini import world
-
-        args.validation_data_dir = os.path.relpath(world.image_folder("target", "validation"))
-    rows = data.load_rows(args.validation_data_dir, settings)
-    rows = rows.select(range(min(len(rows), args.max_validation_samples)))
+    _, rows, origin = data.split_rows(settings)
     scheduler = tsm_lora.backbone_of(pipe).noise_scheduler(pipe)
 
     def losses(experts, i):
@@ -147,7 +153,7 @@ def evaluate_loss(args: argparse.Namespace) -> None:
     ]
     if not accelerator.is_main_process:
         return
-    print(f"\nvalidation loss on {len(rows)} pictures of {args.validation_data_dir} (gain over the base ± its error)")
+    print(f"\nvalidation loss on {len(rows)} pictures, {origin} (gain over the base ± its error)")
     print("timesteps    base    " + "   ".join(args.experts))
     for record in records:
         cells = (
@@ -155,9 +161,9 @@ def evaluate_loss(args: argparse.Namespace) -> None:
             for v in record["experts"].values()
         )
         print(f"{'{}..{}'.format(*record['timesteps']):9s}  {record['base']:.4f}   " + "   ".join(cells))
-    train_foster.write_json(Path(args.output_file), {"pictures_from": args.validation_data_dir, "intervals": records})
+    train_foster.write_json(Path(args.output_file), {"pictures_from": origin, "intervals": records})
 
 
 if __name__ == "__main__":
     arguments = parse_args()
-    {"mini": evaluate_mini, "loss": evaluate_loss}[arguments.command](arguments)
+    (evaluate_loss if arguments.command == "loss" else evaluate_pictures)(arguments)

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import tsm_lora
@@ -105,8 +106,8 @@ def main(args: argparse.Namespace) -> None:
         if args.format == "peft":
             write_peft(load_file(path), facts["rank"], partial / path.stem, base_model)
         else:
-            metadata = {"format": "pt", "modelspec.timestep_range": "{},{}".format(*facts["timesteps"])}
-            save_file(to_kohya(load_file(path)), partial / path.name, metadata)
+            with safe_open(path, "pt") as file:
+                save_file(to_kohya(load_file(path)), partial / path.name, file.metadata())
     if args.format == "comfyui":
         config = DiffusionPipeline.load_config(base_model)
         library, name = config["scheduler"]

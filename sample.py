@@ -2,8 +2,10 @@
 
     python sample.py --experts output/foster-n8/experts-n8 --prompt "a red circle and a blue square"
     python sample.py --prompts_file mini/prompts/validation.txt --output_dir output/base              # the base model
-    accelerate launch --multi_gpu sample.py --experts DIR --prompts_file color_val.txt --num_images_per_prompt 10 \
-        --same_seeds --seed 42 --num_inference_steps 30 --guidance_scale 7.5 --mixed_precision fp16  # T2I-CompBench
+    # T2I-CompBench's protocol, a folder per category
+    accelerate launch --multi_gpu sample.py --experts DIR --prompts_file color_val.txt --output_dir output/color \
+        --num_images_per_prompt 10 --same_seeds --seed 42 --scheduler DDIMScheduler --num_inference_steps 30 \
+        --guidance_scale 7.5 --mixed_precision fp16
 
 In a program of your own, with any scheduler, in any stock pipeline that tsm_lora.BACKBONES knows:
 
@@ -19,6 +21,7 @@ same command makes only what is missing; several processes share the work.
 """
 
 import argparse
+import hashlib
 import json
 import os
 from contextlib import nullcontext
@@ -73,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.prompt) == bool(args.prompts_file):
         parser.error("give prompts by --prompt or by --prompts_file, for example --prompt 'a red circle'")
-    for flag in ("num_images_per_prompt", "num_inference_steps", "batch_size"):
+    for flag in ("num_images_per_prompt", "num_inference_steps", "batch_size", "num_grid_images"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag} must be at least 1")
     return args
@@ -97,14 +100,22 @@ def file_name(prompt: str, number: int) -> str:
     return f"{readable}_{number:06d}.png"
 
 
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def claim_output_dir(out: Path, args: argparse.Namespace, rows: list[dict]) -> None:
     """Write args.json and metadata.jsonl, or check that what is there comes from the same command."""
     settings = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
+    settings["prompts"] = digest(json.dumps(rows).encode())
+    if args.experts:
+        settings["expert_files"] = {p.name: digest(p.read_bytes()) for _, p in tsm_lora.read_folder(args.experts)}
     if (out / "args.json").exists():
         before = json.loads((out / "args.json").read_text())
         differ = {f"--{k}": (before.get(k), v) for k, v in settings.items() if before.get(k) != v}
         if differ:
             raise ValueError(f"{out} holds other pictures, with (their, your) {differ}; choose another --output_dir")
+        return
     (out / "samples").mkdir(parents=True, exist_ok=True)
     metadata = "".join(json.dumps(row) + "\n" for row in rows)
     for name, text in (("metadata.jsonl", metadata), ("args.json", json.dumps(settings, indent=1) + "\n")):

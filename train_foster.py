@@ -28,12 +28,13 @@ import shutil
 from itertools import islice
 from pathlib import Path
 
+import bitsandbytes
 import diffusers
 import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
@@ -49,12 +50,13 @@ import data
 import tsm_lora
 
 HERE = Path(__file__).resolve().parent
+VALIDATION_BATCH = 32
 LOGGING_STEPS = 10  # reading the loss synchronises the device
 # Flags that do not change what is trained: a run may be continued with other values of these.
 FREE_FLAGS = {
     *("interval_indices", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "output_dir"),
     *("report_to", "logging_dir", "dataloader_num_workers", "validation_prompts", "num_inference_steps"),
-    *("validation_data_dir", "max_validation_samples", "validation_steps", "guidance_scale"),
+    *("validation_steps", "guidance_scale", "train_batch_size", "gradient_accumulation_steps"),  # global_batch counts
     *("push_to_hub", "hub_model_id", "hub_token"),  # and a token is written nowhere
 }
 
@@ -114,6 +116,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="accelerate's setting if not given")
     add("--gradient_checkpointing", action="store_true")
     add("--cache_latents", action="store_true", help="encode each picture once, into a file mapped into memory")
+    add("--load_in_4bit", action="store_true", help="the frozen base's Linear weights as nf4; needs bitsandbytes")
+    add("--compile", action="store_true", help="torch.compile of the denoiser's repeated blocks")
     add("--use_8bit_adam", action="store_true", help="needs bitsandbytes; tensors below 4096 elements stay fp32")
     add("--allow_tf32", action="store_true")
     add("--dataloader_num_workers", type=int, default=0)
@@ -149,9 +153,12 @@ def check_args(args: argparse.Namespace) -> None:
             f"--interval_indices {args.interval_indices} with --num_intervals {args.num_intervals}: they count from 0 "
             f"(cleanest) to {args.num_intervals - 1} (noisiest)"
         )
-    for flag in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
+    counts = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps")
+    counts += ("max_train_samples", "checkpoints_total_limit", "validation_steps", "max_grad_norm")
+    for flag in (*counts, "max_validation_samples"):
+        least = {"max_validation_samples": 2, "max_grad_norm": 1e-12}.get(flag, 1)
+        if getattr(args, flag) is not None and getattr(args, flag) < least:
+            raise ValueError(f"--{flag} must be at least {least}, got {getattr(args, flag)}")
     if not 0 <= args.proportion_empty_prompts <= 1:
         raise ValueError(f"--proportion_empty_prompts must lie in 0..1, got {args.proportion_empty_prompts}")
     if args.streaming and args.cache_latents:
@@ -181,7 +188,7 @@ class Trainee(torch.nn.Module):
 def sample_losses(model, experts, scheduler, batch: dict, low: int, high: int, snr_gamma: float | None = None):
     """Diffusion loss of each sample, Eq. 1 with t drawn uniformly from the interval [low, high) (Eq. 4): (B,)."""
     backbone, vae = experts.backbone, experts.pipe.vae
-    batch = {k: v.to(vae.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+    batch = {k: v.to(vae.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
     x0 = data.latents(vae, batch)  # (B, c, h, w)
     t = backbone.draw_t(batch["u"], low, high)  # (B,)
     xt, target = backbone.diffuse(scheduler, x0, batch["noise"], t)
@@ -204,8 +211,10 @@ def snr_weights(scheduler, t: torch.Tensor, gamma: float) -> torch.Tensor:
 def validation_losses(model, experts, scheduler, rows: Dataset, args, interval: int, accelerator) -> torch.Tensor:
     """Loss of each validation picture at one fixed t and noise of the interval, whatever the run's seed: (N,)."""
     low, high = tsm_lora.interval_bounds(args.num_intervals)[interval : interval + 2]
+    model = accelerator.unwrap_model(model)  # processes may have unequal numbers of batches
     mine = list(range(accelerator.process_index, len(rows), accelerator.num_processes))
-    keys = [[(k, "validation", interval, k) for k in mine[s : s + 32]] for s in range(0, len(mine), 32)]
+    starts = range(0, len(mine), VALIDATION_BATCH)
+    keys = [[(k, "validation", interval, k) for k in mine[start : start + VALIDATION_BATCH]] for start in starts]
     losses = torch.zeros(len(rows), device=accelerator.device)
     dataset = data.Pictures(rows, args, data.latent_shape(experts.pipe, args.resolution), augment=False)
     for chunk, batch in zip(keys, data.loader(dataset, keys, args)):
@@ -218,14 +227,14 @@ def on_cpu() -> bool:
     return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
 
 
-def optimizer_class(args: argparse.Namespace):
-    if not args.use_8bit_adam:
-        return torch.optim.AdamW
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise ImportError("--use_8bit_adam needs `pip install bitsandbytes`") from error
-    return bitsandbytes.optim.AdamW8bit
+def quantize(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Replace every Linear by one with nf4 weights that computes in `dtype`."""
+    for name, linear in [(n, m) for n, m in model.named_modules() if type(m) is torch.nn.Linear]:
+        shape = linear.in_features, linear.out_features, linear.bias is not None
+        quantized = bitsandbytes.nn.Linear4bit(*shape, compute_dtype=dtype, quant_type="nf4")
+        quantized.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+        quantized.bias = linear.bias
+        model.set_submodule(name, quantized.to(linear.weight.device))
 
 
 def load_pipeline(args: argparse.Namespace, accelerator: Accelerator):
@@ -247,6 +256,11 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator):
     if args.resolution % pipe.vae_scale_factor:
         raise ValueError(f"--resolution {args.resolution} is no multiple of the VAE's {pipe.vae_scale_factor} pixels")
     pipe.vae.requires_grad_(False)
+    if args.load_in_4bit:
+        for component in (backbone.denoiser, *backbone.text_encoders):
+            quantize(getattr(pipe, component), dtype)
+    if args.compile:
+        getattr(pipe, backbone.denoiser).compile_repeated_blocks()
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None  # it blackens pictures of validation
     return pipe
@@ -260,8 +274,9 @@ def claim_output_dir(args: argparse.Namespace) -> None:
     """Write args.json, or check it against an earlier run's: nothing is overwritten, nothing mixed."""
     out, path = Path(args.output_dir), Path(args.output_dir) / "args.json"
     settings = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
-    if path.exists():
-        before = json.loads(path.read_text())["args"]
+    settings |= {k: os.path.abspath(v) for k, v in settings.items() if isinstance(v, str) and os.path.isdir(v)}
+    if any(out.glob("experts-n*/*.safetensors")) or any(out.glob("checkpoints/*/*/state.pt")):
+        before = json.loads(path.read_text())["args"] if path.exists() else {}
         differ = {f"--{k}": (before.get(k), v) for k, v in settings.items() if before.get(k) != v}
         if differ:
             raise ValueError(f"{out} holds another run, with (its, your) {differ}; choose another --output_dir")
@@ -271,13 +286,13 @@ def claim_output_dir(args: argparse.Namespace) -> None:
                 f"{out} holds intervals {taken} of this run already; add --resume_from_checkpoint latest to go on, or "
                 "choose another --output_dir"
             )
-    elif out.exists() and any(out.glob("experts-n*")):
-        raise ValueError(f"{out} holds experts but no args.json, so it is not a run of this script; choose another")
-    if path.exists():
+        named = [named_checkpoint(args, i) for i in args.interval_indices]
+        if args.resume_from_checkpoint not in (None, "latest") and not any(named):
+            known = [str(p) for i in args.interval_indices for p in checkpoints(args, i)]
+            raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint}: this run has {known}")
         return
-    versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers)} | {
-        "python": platform.python_version()
-    }
+    versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers)}
+    versions["python"] = platform.python_version()
     write_json(path, {"args": settings, "versions": versions})
 
 
@@ -295,8 +310,12 @@ def expert_path(args: argparse.Namespace, interval: int) -> Path:
 def checkpoints(args: argparse.Namespace, interval: int) -> list[Path]:
     """Complete checkpoints of an expert, oldest first."""
     folder = Path(args.output_dir) / "checkpoints" / f"interval-{interval:03d}"
-    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    found = [p.parent for p in folder.glob("checkpoint-*/state.pt") if p.parent.name.split("-")[1].isdigit()]
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def save_expert(experts, path: Path, args: argparse.Namespace, interval: int, step: int) -> None:
+    experts.save_expert(interval, path, steps=step, seed=args.seed, base_revision=args.revision)
 
 
 def save_checkpoint(experts, optimizer, lr_scheduler, scaler, positions, args, interval: int, step: int) -> None:
@@ -304,26 +323,34 @@ def save_checkpoint(experts, optimizer, lr_scheduler, scaler, positions, args, i
     path = Path(args.output_dir) / "checkpoints" / f"interval-{interval:03d}" / f"checkpoint-{step}"
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    experts.save_expert(interval, partial / f"interval-{interval:03d}.safetensors", steps=step)  # can be sampled
+    save_expert(experts, partial / f"interval-{interval:03d}.safetensors", args, interval, step)  # can be sampled
     state = {"step": step, "experts": experts.state_dict(), "optimizer": optimizer.state_dict()}
     state["positions"] = positions  # of streamed data, one per process
     state |= {"lr_scheduler": lr_scheduler.state_dict(), "scaler": scaler.state_dict() if scaler else {}}
     torch.save(state, partial / "state.pt")
-    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        (path / "state.pt").unlink(missing_ok=True)  # from here on it does not count as a checkpoint
+        shutil.rmtree(path)
     os.replace(partial, path)
     for old in checkpoints(args, interval)[: -args.checkpoints_total_limit] if args.checkpoints_total_limit else []:
         shutil.rmtree(old)
 
 
 def checkpoint_to_resume(args: argparse.Namespace, interval: int) -> Path | None:
-    if args.resume_from_checkpoint is None:
+    """`latest` or what --resume_from_checkpoint names: a path, or as in diffusers a name such as checkpoint-500. An
+    expert that has no checkpoint of that name goes on from its latest."""
+    own = checkpoints(args, interval)
+    if args.resume_from_checkpoint is None or not own:
         return None
-    if args.resume_from_checkpoint == "latest":
-        return next(reversed(checkpoints(args, interval)), None)
-    path = Path(args.resume_from_checkpoint)
-    if path not in (known := [p for i in args.interval_indices for p in checkpoints(args, i)]):
-        raise ValueError(f"--resume_from_checkpoint {path}: this run has {[str(p) for p in known]}")
-    return path if path.parent.name == f"interval-{interval:03d}" else None
+    return own[-1] if (named := named_checkpoint(args, interval)) is None else named
+
+
+def named_checkpoint(args: argparse.Namespace, interval: int) -> Path | None:
+    names = (args.resume_from_checkpoint, Path(args.output_dir) / str(args.resume_from_checkpoint))
+    for path in checkpoints(args, interval):
+        if path in map(Path, names) or path.name == args.resume_from_checkpoint:
+            return path
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,7 +365,7 @@ def foster(pipe, train, validation, moments, args: argparse.Namespace, interval:
         [interval],
         rank=args.rank,
         alpha=args.lora_alpha,
-        lora_layers=args.lora_layers.split(",") if args.lora_layers else None,
+        lora_layers=args.lora_layers and [name.strip() for name in args.lora_layers.split(",")],
         train_text_encoder=args.train_text_encoder,
         generator=data.rng(args.seed, interval, "A"),
     )
@@ -348,7 +375,7 @@ def foster(pipe, train, validation, moments, args: argparse.Namespace, interval:
     encoders = experts.parameters()[len(denoiser) :]
     text_encoder_lr = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
     groups = [{"params": denoiser, "lr": args.learning_rate}, {"params": encoders, "lr": text_encoder_lr}]
-    optimizer = optimizer_class(args)(
+    optimizer = (bitsandbytes.optim.AdamW8bit if args.use_8bit_adam else torch.optim.AdamW)(
         [group for group in groups if group["params"]],
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
@@ -357,19 +384,19 @@ def foster(pipe, train, validation, moments, args: argparse.Namespace, interval:
     lr_scheduler = get_scheduler(  # not prepared: a function of the optimiser step alone, on any number of processes
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
-    step, state, position = 0, None, None
+    model, optimizer = accelerator.prepare(Trainee(experts), optimizer)
+    step, position, scaler_state = 0, None, None
     if (checkpoint := checkpoint_to_resume(args, interval)) is not None:
         state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
         experts.load_state_dict(state["experts"])
         optimizer.load_state_dict(state["optimizer"])
         lr_scheduler.load_state_dict(state["lr_scheduler"])
-        step = state["step"]
+        step, scaler_state = state["step"], state["scaler"]
         if state["positions"]:
             position = state["positions"][accelerator.process_index]
         accelerator.print(f"expert {interval} goes on from {checkpoint}")
-    model, optimizer = accelerator.prepare(Trainee(experts), optimizer)
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state["scaler"] if state else torch.amp.GradScaler().state_dict())
+    if accelerator.scaler is not None:  # each expert starts with a fresh one
+        accelerator.scaler.load_state_dict(scaler_state or torch.amp.GradScaler().state_dict())
 
     low, high = tsm_lora.interval_bounds(args.num_intervals)[interval : interval + 2]
     scheduler = experts.backbone.noise_scheduler(pipe)
@@ -415,7 +442,7 @@ def foster(pipe, train, validation, moments, args: argparse.Namespace, interval:
     progress.close()
     validate(model, experts, scheduler, validation, args, interval, accelerator)
     if accelerator.is_main_process:
-        experts.save_expert(interval, expert_path(args, interval), steps=args.max_train_steps, seed=args.seed)
+        save_expert(experts, expert_path(args, interval), args, interval, args.max_train_steps)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     experts.unload()
@@ -464,6 +491,8 @@ def report(pipe, validation: Dataset, origin: str, args: argparse.Namespace) -> 
         generators = [torch.Generator().manual_seed(k) for k in range(len(prompts))]
         return pipe(prompts, generator=generators, **call).images
 
+    # the stock pipelines decode in the denoiser's precision
+    pipe.vae.to(getattr(pipe, tsm_lora.backbone_of(pipe).denoiser).dtype)
     images = draw()
     with_experts = tsm_lora.load_experts(pipe, expert_path(args, 0).parent)
     images += draw()
@@ -525,8 +554,12 @@ def main(args: argparse.Namespace) -> None:
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir)),
     )
+    args.mixed_precision = accelerator.mixed_precision  # perhaps accelerate's own setting
+    args.global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    diffusers.utils.logging.set_verbosity_error()  # pipelines speak of each truncated caption
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     with accelerator.main_process_first():
@@ -536,17 +569,15 @@ def main(args: argparse.Namespace) -> None:
         claim_output_dir(args)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("train_foster", {k: str(v) for k, v in vars(args).items() if k != "hub_token"})
-    batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     accelerator.print(f"{len(args.interval_indices)} of {args.num_intervals} experts of rank {args.rank}")
-    size = "a stream of" if args.streaming else len(train)
-    accelerator.print(f"{size} pictures from {args.dataset_name or args.train_data_dir}, global batch {batch}")
-    accelerator.print(f"{args.max_train_steps} steps or {batch * args.max_train_steps} pictures per expert")
+    accelerator.print(f"{'a stream of' if args.streaming else len(train)} pictures, validation on {origin}")
+    seen = args.global_batch * args.max_train_steps
+    accelerator.print(f"{args.max_train_steps} steps of {args.global_batch} or {seen} pictures per expert")
     moments = None
     if args.cache_latents:
         moments = data.cache_latents(pipe, train, args, accelerator, Path(args.output_dir) / "latents.bin")
     for interval in args.interval_indices:
-        from_here = args.resume_from_checkpoint != "latest" and checkpoint_to_resume(args, interval) is not None
-        if expert_path(args, interval).exists() and not from_here:
+        if expert_path(args, interval).exists() and named_checkpoint(args, interval) is None:
             accelerator.print(f"expert {interval} is finished, skipping it")
             continue
         foster(pipe, train, validation, moments, args, interval, accelerator)

@@ -39,6 +39,8 @@ from torch.utils.checkpoint import checkpoint
 
 T = 1000  # training timesteps of every supported model
 FORMAT_VERSION = 1
+# What a loader needs of a header; from the third on, all experts of a set agree.
+FACTS = ("interval_index", "base_fingerprint", "num_intervals", "rank", "backbone", "targets", "prediction_type")
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 
 
@@ -83,6 +85,7 @@ class Routing:
         self.slot_of = {i: slot for slot, i in enumerate(indices)}
         self.route: Route | None = None
         self.enabled = True
+        self._tables: dict[torch.device, torch.Tensor] = {}  # interval -> slot
 
     def slots(self, t: torch.Tensor | float) -> int | torch.Tensor:
         """Slots of the experts that serve t; an int where all of t share one. ValueError where there is none.
@@ -92,11 +95,10 @@ class Routing:
         t = torch.as_tensor(t)
         on_host = t.device.type == "cpu" or not torch.is_grad_enabled()
         if on_host and not torch.compiler.is_compiling():
-            values = t.flatten().tolist()
-            wrong = sorted({v for v in values if not 0 <= v <= T})
-            if wrong:
-                raise ValueError(f"timesteps {wrong} lie outside 0..{T}; t must be in units of {T} training steps")
-            intervals = sorted({min(int(v), T - 1) * self.n // T for v in values})
+            t_host = t.cpu()
+            if t_host.min() < 0 or t_host.max() > T:
+                raise ValueError(f"timesteps {t_host.tolist()} leave 0..{T}; t must count {T} training steps")
+            intervals = interval_index(t_host, self.n).unique().tolist()
             missing = [i for i in intervals if i not in self.slot_of]
             if missing:
                 raise ValueError(
@@ -109,7 +111,10 @@ class Routing:
         index = interval_index(t, self.n)
         if len(self.indices) == self.n:
             return index
-        return torch.tensor([self.slot_of.get(i, -1) for i in range(self.n)], device=t.device).take(index)
+        if t.device not in self._tables:
+            table = [self.slot_of.get(i, -1) for i in range(self.n)]
+            self._tables[t.device] = torch.tensor(table, device=t.device)
+        return self._tables[t.device].take(index)
 
     def current(self) -> Route:
         """The route of the running forward; RuntimeError outside of one, since a guessed t would be a silent error."""
@@ -340,10 +345,13 @@ def load_experts(pipe, folder: str | os.PathLike, scale: float = 1.0, check_base
     Raises ValueError that lists what is there and what is missing, doubled, foreign, truncated or misshapen.
     """
     backbone = backbone_of(pipe)
+    denoiser = getattr(pipe, backbone.denoiser)
+    if hasattr(denoiser, "_orig_mod") or any(p.is_meta for p in denoiser.parameters()):
+        raise ValueError("load experts before torch.compile and before offloading, which hide the layers")
     files = read_folder(folder)
     facts = files[0][0]
     targets = {component: tuple(names) for component, names in facts["targets"].items()}
-    if facts["backbone"] != type(getattr(pipe, backbone.denoiser)).__name__:
+    if facts["backbone"] != type(denoiser).__name__:
         raise ValueError(f"experts of a {facts['backbone']} ({facts['base_model']}) do not fit this pipeline")
     n, rank = facts["num_intervals"], facts["rank"]
     experts = Experts(pipe, backbone, targets, n, list(range(n)), rank, rank, scale)
@@ -355,14 +363,12 @@ def load_experts(pipe, folder: str | os.PathLike, scale: float = 1.0, check_base
             )
         for slot, (_, path) in enumerate(files):
             experts.read_expert(slot, path)
+        for name, layer in experts.layers.items():
+            layer.requires_grad_(False).to(dtype=_floating(experts.bases[name].weight.dtype))
+        experts.follow_prompts()
     except Exception:
         experts.unload()
         raise
-    for component in experts.components.values():
-        component.requires_grad_(False)
-    for name, layer in experts.layers.items():
-        layer.to(dtype=_floating(experts.bases[name].weight.dtype))
-    experts.follow_prompts()
     return experts
 
 
@@ -397,15 +403,21 @@ class Experts:
         self._argument_names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
         self._handles.append(denoiser.register_forward_pre_hook(self._before_denoiser, with_kwargs=True))
         self._handles.append(denoiser.register_forward_hook(self._after_denoiser, always_call=True))
+        modules = [module for component in self.components.values() for module in component.modules()]
+        self._attention = [module for module in modules if hasattr(module, "fuse_projections")]
+        parameters = [p for component in self.components.values() for p in component.parameters()]
+        self._before = [(p, "requires_grad", p.requires_grad) for p in parameters]  # what `unload` restores
+        for name in ("training", "gradient_checkpointing", "_gradient_checkpointing_func"):
+            self._before += [(m, name, getattr(m, name)) for m in modules if name in vars(m)]
         self._encode_prompt: Callable | None = None  # the pipeline's own, once text-encoder experts follow prompts
         self._prompt: tuple | None = None
-        self._folded: tuple | None = None
-        self._originals: dict[str, torch.Tensor] | None = None
+        self._originals: dict[str, torch.Tensor] = {}  # base weights while `folded`
+        self._folded: tuple | None = None  # the (slot, scale) that the weights hold, None for the base
         pipe._tsm_experts = self
 
     def parameters(self, component: str = "") -> list[nn.Parameter]:
         """A and B of every layer (of one component), in a fixed order."""
-        layers = [layer for name, layer in self.layers.items() if name.startswith(component)]
+        layers = [layer for name, layer in self.layers.items() if component in ("", name.split(".")[0])]
         return [p for layer in layers for p in (layer.A, layer.B)]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -422,6 +434,12 @@ class Experts:
     @contextmanager
     def at(self, t: torch.Tensor | float, scale: float = 1.0):
         """Run text encoders at t, a number or (B,): `with experts.at(t): encoder(ids)`."""
+        self._prompt = None  # from here on the caller brings the conditions
+        with self._at(t, scale):
+            yield
+
+    @contextmanager
+    def _at(self, t: torch.Tensor | float, scale: float):
         self.routing.route = Route(self.routing.slots(t), self.routing.scale * scale)
         try:
             yield
@@ -456,30 +474,35 @@ class Experts:
                     module.gradient_checkpointing, module._gradient_checkpointing_func = True, func
 
     def unload(self) -> None:
-        """Restore the pipeline: hooks, child modules and the wrapped `encode_prompt` go."""
-        self._restore_weights()
+        """Restore the pipeline as it was before: weights, hooks, child modules, modes, `encode_prompt`."""
+        self._unfold()
         for handle in self._handles:
             handle.remove()
         for base in self.bases.values():
             del base.tsm
         if self._encode_prompt is not None:
             del self.pipe.encode_prompt
+        for owner, name, value in self._before:
+            setattr(owner, name, value)
         del self.pipe._tsm_experts
 
     # -- the denoiser's hooks
 
     def _before_denoiser(self, denoiser: nn.Module, args: tuple, kwargs: dict):
         if not self.routing.enabled:
+            self._unfold()
             return None
+        if any(type(module.processor).__name__.startswith("Fused") for module in self._attention):
+            raise ValueError("fused q, k, v projections bypass the experts: call unfuse_qkv_projections()")
         arguments = dict(zip(self._argument_names, args)) | kwargs
         t = torch.as_tensor(arguments["timestep"]) * self.backbone.t_scale
         scale = self.routing.scale * _call_scale(arguments)
         slot = self.routing.slots(t)
         if self._prompt is not None:
-            arguments |= self._conditions(t, slot, arguments)
-        if self._originals is not None:
-            self._fold(slot, scale)
-        self.routing.route = Route(slot, scale, folded=self._originals is not None)
+            arguments |= self._conditions(t, arguments)
+        if self._originals:
+            self._fold(t, scale)
+        self.routing.route = Route(slot, scale, folded=bool(self._originals))
         return (), arguments
 
     def _after_denoiser(self, *_) -> None:
@@ -492,6 +515,8 @@ class Experts:
         the arguments of `encode_prompt`, and at the denoiser swap in the conditions of its t."""
         if len(self.targets) == 1:
             return  # no text encoder has experts
+        if not hasattr(self.pipe, "encode_prompt"):
+            raise ValueError(f"{type(self.pipe).__name__} has no encode_prompt: text-encoder experts cannot follow it")
         self._encode_prompt = self.pipe.encode_prompt
         signature = inspect.signature(self._encode_prompt)
 
@@ -514,9 +539,11 @@ class Experts:
 
         self.pipe.encode_prompt = encode_prompt
 
+    @torch.compiler.disable
     @torch.no_grad()
-    def _conditions(self, t: torch.Tensor, slot: int | torch.Tensor, arguments: dict) -> dict[str, torch.Tensor]:
+    def _conditions(self, t: torch.Tensor, arguments: dict) -> dict[str, torch.Tensor]:
         encode, stand_in, encoded = self._prompt
+        slot = self.routing.slots(t)
         for name, tensor in stand_in.items():
             if arguments[name] is not tensor:
                 if arguments[name].shape != tensor.shape or not torch.equal(arguments[name], tensor):
@@ -527,16 +554,13 @@ class Experts:
                 stand_in[name] = arguments[name]  # the pipeline passes the same tensor at every step
         if not isinstance(slot, int):
             raise ValueError("text-encoder experts need one t per denoiser call in sampling, got several")
-        if not encoded:  # first call: encode for the whole schedule, while the encoders are on the device
-            for step in self.pipe.scheduler.timesteps:
-                self._encode_at(step, self.routing.slots(step), encode, encoded)
-        self._encode_at(t.flatten()[0], slot, encode, encoded)
+        t = t.flatten()[0]
+        # first call: encode for the rest of the schedule, while the encoders are on the device
+        for step in [t] + [step for step in self.pipe.scheduler.timesteps if not encoded and step < t]:
+            if (key := self.routing.slots(step)) not in encoded:
+                with self._at(step, self._prompt_scale):
+                    encoded[key] = self.backbone.conditions(encode())
         return encoded[slot]
-
-    def _encode_at(self, t: torch.Tensor, slot: int, encode: Callable, encoded: dict) -> None:
-        if slot not in encoded:
-            with self.at(t, self._prompt_scale):
-                encoded[slot] = self.backbone.conditions(encode())
 
     # -- folding
 
@@ -546,42 +570,52 @@ class Experts:
 
         The expert of the current interval is added to the denoiser's weights in fp32 and swapped when t enters
         another interval; on leaving, also by an exception, the weights are restored bit for bit. Costs a copy of the
-        adapted weights. Raises ValueError for half-precision or quantised weights: W + BA rounded to bf16 loses about
-        half of an expert of |BA| = 0.2 % |W|.
+        adapted weights. Raises ValueError for offloaded, half-precision or quantised weights: W + BA rounded to bf16
+        loses about half of an expert of |BA| = 0.2 % |W|.
         """
-        prefix = self.backbone.denoiser + "."
-        bases = {name: base for name, base in self.bases.items() if name.startswith(prefix)}
+        bases = {name: base for name, base in self.bases.items() if name.split(".")[0] == self.backbone.denoiser}
         for name, base in bases.items():
-            if base.weight.dtype != torch.float32:
-                raise ValueError(f"{name} is {base.weight.dtype}, experts fold into fp32 weights only: run unfolded")
+            if base.weight.dtype != torch.float32 or base.weight.is_meta:
+                kind = "offloaded" if base.weight.is_meta else base.weight.dtype
+                raise ValueError(f"{name} is {kind}, experts fold into fp32 weights only: run unfolded")
         self._originals = {name: base.weight.detach().clone() for name, base in bases.items()}
         try:
             yield self
         finally:
-            self._restore_weights()
+            self._unfold()
+            self._originals = {}
 
-    def _fold(self, slot: int | torch.Tensor, scale: float) -> None:
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _fold(self, t: torch.Tensor, scale: float) -> None:
+        slot = self.routing.slots(t)
         if not isinstance(slot, int):
             raise ValueError("folded experts serve one interval per denoiser call, this call mixes several")
         if self._folded == (slot, scale):
             return
-        self._folded = None  # half done counts as not done
+        self._folded = (None, scale)  # half done is neither base nor expert
         for name, weight in self._originals.items():
-            self.bases[name].weight.data.copy_(weight + self.layers[name].delta(slot) * scale)
+            base = self.bases[name].weight.data
+            base.copy_(weight.to(base.device) + self.layers[name].delta(slot).to(base.device) * scale)
         self._folded = (slot, scale)
 
-    def _restore_weights(self) -> None:
-        for name, weight in (self._originals or {}).items():
-            self.bases[name].weight.data.copy_(weight)
-        self._originals = self._folded = None
+    def _unfold(self) -> None:
+        if self._folded is not None:
+            for name, weight in self._originals.items():
+                self.bases[name].weight.data.copy_(weight)
+            self._folded = None
 
     # -- files
 
     def fingerprint(self) -> list[float]:
-        """Norms of four adapted base weights: tells base models apart, the same in fp32, fp16 and bf16."""
-        bases = [base for name, base in self.bases.items() if name.startswith(self.backbone.denoiser + ".")]
-        weights = [bases[k * (len(bases) - 1) // 3].weight.detach() for k in range(4)]
-        return [float(w.float().norm()) if w.is_floating_point() else 0.0 for w in weights]
+        """16 entries of the first and the last adapted base weight of each component; 0 for quantised weights."""
+        entries = []
+        for component in self.targets:
+            own = [base.weight.detach() for name, base in self.bases.items() if name.split(".")[0] == component]
+            for weight in (own[0].flatten(), own[-1].flatten()):
+                picked = weight[:: max(1, len(weight) // 16)][:16].float()
+                entries += picked.tolist() if weight.is_floating_point() else [0.0] * 16
+        return entries
 
     def same_base(self, fingerprint: list[float]) -> bool:
         return _close(self.fingerprint(), fingerprint)
@@ -622,7 +656,7 @@ class Experts:
         }
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         save_file(tensors, partial, metadata)
         os.replace(partial, path)
 
@@ -701,9 +735,11 @@ def read_facts(path: str | os.PathLike) -> dict:
         raise ValueError(f"{path} is truncated or no safetensors file ({error}); nothing is ever unpickled") from error
     if not isinstance(facts, dict):
         raise ValueError(f"{path} is a safetensors file, but no timestep expert (its header has no 'tsm' entry)")
-    if facts.get("format_version") != FORMAT_VERSION:
-        version = facts.get("format_version")
-        raise ValueError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}")
+    if facts.get("format_version") != FORMAT_VERSION or facts.get("T") != T:
+        version = facts.get("format_version"), facts.get("T")
+        raise ValueError(f"{path} has format version and T {version}, this program reads {(FORMAT_VERSION, T)}")
+    if absent := [name for name in FACTS if name not in facts]:
+        raise ValueError(f"the header of {path} lacks {absent}")
     return facts
 
 
@@ -722,9 +758,8 @@ def read_folder(folder: str | os.PathLike) -> list[tuple[dict, Path]]:
         raise ValueError(f"{folder} holds no .safetensors file{hint}")
     files = [(read_facts(path), path) for path in paths]
     first, first_path = files[0]
-    shared = ("num_intervals", "T", "rank", "backbone", "targets", "prediction_type")
     for facts, path in files[1:]:
-        differ = [k for k in shared if facts[k] != first[k]]
+        differ = [name for name in FACTS[2:] if facts[name] != first[name]]
         differ += [] if _close(facts["base_fingerprint"], first["base_fingerprint"]) else ["base_model"]
         if differ:
             other = {k: (first[k], facts[k]) for k in differ}
@@ -745,5 +780,6 @@ def read_folder(folder: str | os.PathLike) -> list[tuple[dict, Path]]:
 
 
 def _close(a: list[float], b: list[float]) -> bool:
-    """True where fingerprints agree to 0.1 %; quantised weights (norm 0) are not compared."""
-    return len(a) == len(b) and all(x == 0 or y == 0 or math.isclose(x, y, rel_tol=1e-3) for x, y in zip(a, b))
+    """True where fingerprints agree to 0.4 % (bf16 rounds by up to 0.2 %); zeros stand for quantised weights."""
+    x, y = ([p[k] for p in zip(a, b) if 0 not in p] for k in (0, 1))
+    return len(a) == len(b) and math.dist(x, y) <= 4e-3 * math.hypot(*x)

@@ -218,3 +218,15 @@ def test_training_with_cached_latents(world, tmp_path):  # noqa: F811
     again = run(world, tmp_path / "cached", *flags, "--cache_latents", "--resume_from_checkpoint", "latest")
     assert_identical(tensors(again, 2), cached)
     assert (tmp_path / "cached" / "latents.bin").stat().st_mtime_ns == before  # a complete cache is used again
+
+
+def test_file_names_do_not_found_splits(world, tmp_path):  # noqa: F811
+    folder = tmp_path / "images"
+    shutil.copytree(world / "images", folder)
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for k, line in enumerate(lines):
+        name = f"{('test', 'train', 'x')[k % 3]}_{line['file_name']}"
+        (folder / line["file_name"]).rename(folder / name)
+        line["file_name"] = name
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert sorted(data.load_rows(folder, settings(world))["text"]) == sorted(line["text"] for line in lines)

@@ -11,6 +11,7 @@ from test_train_foster import run, world  # noqa: F401
 from test_tsm_lora import save_all
 
 import evaluate
+from mini import digits
 from mini import world as mini_world
 
 
@@ -25,7 +26,7 @@ def write_samples(folder, pictures, prompts):
 
 def run_evaluate(*argv):
     args = evaluate.parse_args(list(map(str, argv)))
-    {"mini": evaluate.evaluate_mini, "loss": evaluate.evaluate_loss}[args.command](args)
+    (evaluate.evaluate_loss if args.command == "loss" else evaluate.evaluate_pictures)(args)
     return json.loads(open(args.output_file).read())
 
 
@@ -59,6 +60,22 @@ def test_wrong_folders(tmp_path, renders):
         run_evaluate("mini", folder)
 
 
+def test_digits_are_read(tmp_path):
+    """Held-out scans score high under their own digit and never under another."""
+    folder = digits.image_folder("validation", tmp_path)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    pictures = [np.asarray(Image.open(folder / row["file_name"])) for row in rows]
+    right = [row["text"] for row in rows]
+    wrong = [f"the digit {digits.NAMES[(digits.NAMES.index(text.split()[-1]) + 1) % 10]}" for text in right]
+    for name, prompts, low, high in (("right", right, 0.95, 1.0), ("wrong", wrong, 0.0, 0.03)):
+        out = write_samples(tmp_path / name, pictures, prompts)
+        score = run_evaluate("digits", out, "--output_file", tmp_path / "s.json")[str(out)]["digit"]
+        assert low <= score["mean"] <= high and score["count"] == 256
+    with pytest.raises(ValueError, match="names no digit"):
+        digits.score(Image.new("RGB", (32, 32)), "a red circle")
+    assert digits.image_folder("validation", tmp_path) == folder
+
+
 def test_mean_and_error():
     mean, error = evaluate.mean_and_error([1.0, 2.0, 3.0, 6.0])
     assert mean == 3 and error == pytest.approx(np.std([1, 2, 3, 6], ddof=1) / 2)
@@ -70,6 +87,7 @@ def test_loss_equals_that_of_training(world, tmp_path):  # noqa: F811
     folder = run(world, tmp_path / "run", "--validation_data_dir", world / "images")
     table = json.loads((tmp_path / "run" / "validation.json").read_text())["intervals"]
     flags = ("--validation_data_dir", world / "images", "--pretrained_model_name_or_path", world / "model")
+    flags += ("--train_data_dir", world / "images")
     flags += ("--output_file", tmp_path / "loss.json", "--experts", folder)
     loss = run_evaluate("loss", *flags, "--num_intervals", 4)
     for ours, theirs in zip(loss["intervals"], table):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,10 +88,21 @@ def test_rerun_makes_only_what_is_missing(world, tmp_path):
         run(world, tmp_path, *flags, "--guidance_scale", 2)
 
 
+def test_other_experts_in_the_same_folder_are_noticed(world, tmp_path):
+    shutil.copytree(world / "experts", tmp_path / "experts")
+    run(world, tmp_path / "out", "--prompt", "a", "--experts", tmp_path / "experts")
+    pipe = StableDiffusionPipeline.from_pretrained(world / "model")
+    save_all(pipe, tmp_path / "experts", 4, alpha=9)
+    with pytest.raises(ValueError, match="other pictures.*--expert_files"):
+        run(world, tmp_path / "out", "--prompt", "a", "--experts", tmp_path / "experts")
+    with pytest.raises(ValueError, match="other pictures.*--prompts"):
+        run(world, tmp_path / "out", "--prompt", "b", "--experts", tmp_path / "experts")
+
+
 def test_processes_share_the_work(world, tmp_path):
     flags = ("--prompt", "a", "b", "c", "d", "e", "--batch_size", 1)
     one = run(world, tmp_path / "one", *flags)
-    argv = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29513", str(ROOT / "sample.py")]
+    argv = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(ROOT / "sample.py")]
     subprocess.run(
         [sys.executable, *argv, *command(world, tmp_path / "two", *flags)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"},
