@@ -28,7 +28,6 @@ import shutil
 from itertools import islice
 from pathlib import Path
 
-import bitsandbytes
 import diffusers
 import torch
 import torch.nn.functional as F
@@ -98,10 +97,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("training").add_argument
     add("--seed", type=int, default=0)
-    add("--max_train_steps", type=int, default=125, help="optimiser steps per expert (paper: 4000)")
+    add("--max_train_steps", type=int, default=100, help="optimiser steps per expert (paper: 4000)")
     add("--train_batch_size", type=int, default=32, help="per process (paper: 64 in all)")
     add("--gradient_accumulation_steps", type=int, default=1)
-    add("--learning_rate", type=float, default=1e-3, help="the default suits the mini model (paper: 1e-4)")
+    add("--learning_rate", type=float, default=1e-2, help="the default suits the mini model (paper: 1e-4)")
     add("--text_encoder_lr", type=float, help="--learning_rate if not given")
     add("--lr_scheduler", default="constant", help="a name that diffusers.optimization.get_scheduler knows")
     add("--lr_warmup_steps", type=int, default=0)
@@ -229,6 +228,8 @@ def on_cpu() -> bool:
 
 def quantize(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Replace every Linear by one with nf4 weights that computes in `dtype`."""
+    import bitsandbytes  # slow to import
+
     for name, linear in [(n, m) for n, m in model.named_modules() if type(m) is torch.nn.Linear]:
         shape = linear.in_features, linear.out_features, linear.bias is not None
         quantized = bitsandbytes.nn.Linear4bit(*shape, compute_dtype=dtype, quant_type="nf4")
@@ -375,7 +376,10 @@ def foster(pipe, train, validation, moments, args: argparse.Namespace, interval:
     encoders = experts.parameters()[len(denoiser) :]
     text_encoder_lr = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
     groups = [{"params": denoiser, "lr": args.learning_rate}, {"params": encoders, "lr": text_encoder_lr}]
-    optimizer = (bitsandbytes.optim.AdamW8bit if args.use_8bit_adam else torch.optim.AdamW)(
+    optimizer_class = torch.optim.AdamW
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as optimizer_class
+    optimizer = optimizer_class(
         [group for group in groups if group["params"]],
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
@@ -557,6 +561,8 @@ def main(args: argparse.Namespace) -> None:
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir)),
     )
+    if on_cpu() and accelerator.num_processes == 1 and "ACCELERATE_DYNAMO_BACKEND" in os.environ:
+        torch.set_num_threads(min(8, os.cpu_count()))  # `accelerate launch` allows one
     args.mixed_precision = accelerator.mixed_precision  # perhaps accelerate's own setting
     args.global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     diffusers.utils.logging.set_verbosity_error()  # pipelines speak of each truncated caption

@@ -191,9 +191,11 @@ def _publish(write, folder):
     write(draft)
     for file in draft.rglob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes them for the owner alone
-    for file in draft.rglob("*config.json"):  # diffusers notes where a model was loaded from
+    for file in draft.rglob("*config.json"):
         config = json.loads(file.read_text())
-        config.pop("_name_or_path", None)
+        config.pop("_name_or_path", None)  # diffusers notes where a model was loaded from
+        if "dtype" in config:  # else transformers loads fp16 beside the fp32 of diffusers, and sampling fails
+            config["dtype"] = "float32"
         file.write_text(json.dumps(config, indent=2) + "\n")
     old = folder.with_name(f".{folder.name}-old")
     shutil.rmtree(old, ignore_errors=True)
@@ -358,9 +360,9 @@ def train_unet(args: argparse.Namespace) -> None:
             total = 0.0
         if (step + 1) % args.checkpointing_steps == 0 or step + 1 == steps:
             _save(path, {**_state(model, optimizer, step + 1, began), "average": average})
-            publish(args, tokenizer, average, step + 1, time.time() - began)
+            publish(args, tokenizer, average, step + 1)
     if first == steps:  # nothing was left to train: publish what there is
-        publish(args, tokenizer, average, steps, time.time() - began)
+        publish(args, tokenizer, average, steps)
 
 
 @torch.no_grad()
@@ -369,7 +371,13 @@ def _follow(average, model, decay):
         average[name].lerp_(value, 1 - decay) if value.is_floating_point() else average[name].copy_(value)
 
 
-def publish(args: argparse.Namespace, tokenizer, average: dict, step: int, seconds: float) -> None:
+def _seconds(work_dir):
+    """Time spent on each stage, from its checkpoint."""
+    paths = {stage: work_dir / f"{stage}.pt" for stage in ("vae", "decoder", "unet")}
+    return {s: round(torch.load(p, weights_only=True)["seconds"]) for s, p in paths.items() if p.exists()}
+
+
+def publish(args: argparse.Namespace, tokenizer, average: dict, step: int) -> None:
     """Write the averaged weights as a pipeline folder in fp16, with how it was made in pretraining.json."""
     unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
     torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).load_state_dict(average)
@@ -390,7 +398,7 @@ def publish(args: argparse.Namespace, tokenizer, average: dict, step: int, secon
         "settings": {name: getattr(args, name) for name in (*names.split(), "pictures")},
         "world_version": world.WORLD_VERSION,
         "unet_steps": step,
-        "unet_seconds": round(seconds),
+        "seconds": _seconds(args.work_dir),
         "parameters": {k: m.num_parameters() for k, m in pipe.components.items() if isinstance(m, torch.nn.Module)},
         "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers, np)},
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
