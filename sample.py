@@ -128,7 +128,7 @@ def load(args: argparse.Namespace, device: torch.device):
         args.pretrained_model_name_or_path,
         revision=args.revision,
         variant=args.variant,
-        torch_dtype=DTYPES[args.mixed_precision],
+        dtype=DTYPES[args.mixed_precision],
     ).to(device)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None  # it blackens pictures, and scores are those of the model

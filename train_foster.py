@@ -97,7 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("training").add_argument
     add("--seed", type=int, default=0)
-    add("--max_train_steps", type=int, default=100, help="optimiser steps per expert (paper: 4000)")
+    add("--max_train_steps", type=int, default=125, help="optimiser steps per expert (paper: 4000)")
     add("--train_batch_size", type=int, default=32, help="per process (paper: 64 in all)")
     add("--gradient_accumulation_steps", type=int, default=1)
     add("--learning_rate", type=float, default=1e-2, help="the default suits the mini model (paper: 1e-4)")
@@ -249,7 +249,7 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator):
         raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     pipe = DiffusionPipeline.from_pretrained(
-        name, revision=args.revision, variant=args.variant, torch_dtype={"default": dtype, "vae": torch.float32}
+        name, revision=args.revision, variant=args.variant, dtype={"default": dtype, "vae": torch.float32}
     ).to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     backbone = tsm_lora.backbone_of(pipe)
