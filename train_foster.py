@@ -25,6 +25,7 @@ import json
 import os
 import platform
 import shutil
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -414,6 +415,7 @@ def foster(pipe, train, validation, moments, args: argparse.Namespace, interval:
     )
     losses, parameters = [], experts.parameters()
     earlier = args.interval_indices.index(interval) * args.max_train_steps  # trackers want one growing count
+    first_step, start = step, time.perf_counter()
     for batch in islice(batches, (args.max_train_steps - step) * args.gradient_accumulation_steps):
         position = batch.pop("position", None)
         with accelerator.accumulate(model):
@@ -444,7 +446,8 @@ def foster(pipe, train, validation, moments, args: argparse.Namespace, interval:
             loss = validation_losses(model, experts, scheduler, validation, args, interval, accelerator).mean().item()
             accelerator.log({f"validation/interval-{interval:03d}": loss}, step=earlier + step)
     progress.close()
-    validate(model, experts, scheduler, validation, args, interval, accelerator)
+    speed = {"seconds_per_step": (time.perf_counter() - start) / max(1, step - first_step)}
+    validate(model, experts, scheduler, validation, args, interval, accelerator, speed)
     if accelerator.is_main_process:
         save_expert(experts, expert_path(args, interval), args, interval, args.max_train_steps)
     accelerator.wait_for_everyone()
@@ -452,7 +455,7 @@ def foster(pipe, train, validation, moments, args: argparse.Namespace, interval:
     experts.unload()
 
 
-def validate(model, experts, scheduler, validation, args, interval: int, accelerator) -> None:
+def validate(model, experts, scheduler, validation, args, interval: int, accelerator, speed: dict) -> None:
     """Write the interval's validation loss, base beside expert on the same pictures, t and noise."""
     after = validation_losses(model, experts, scheduler, validation, args, interval, accelerator)
     with experts.off():
@@ -467,6 +470,7 @@ def validate(model, experts, scheduler, validation, args, interval: int, acceler
         "expert": after.mean().item(),
         "gain": gain.mean().item(),
         "standard_error": (gain.std() / len(gain) ** 0.5).item(),
+        **speed,
     }
     if accelerator.is_main_process:
         write_json(Path(args.output_dir) / "validation" / f"interval-{interval:03d}.json", record)
