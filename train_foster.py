@@ -348,15 +348,30 @@ def checkpoint_to_resume(args: argparse.Namespace, interval: int) -> Path | None
 
 
 def named_checkpoint(args: argparse.Namespace, interval: int) -> Path | None:
-    names = (args.resume_from_checkpoint, Path(args.output_dir) / str(args.resume_from_checkpoint))
-    for path in checkpoints(args, interval):
-        if path in map(Path, names) or path.name == args.resume_from_checkpoint:
-            return path
-    return None
+    name = Path(str(args.resume_from_checkpoint))
+    fitting = (p for p in checkpoints(args, interval) if p in (name, args.output_dir / name) or p.name == str(name))
+    return next(fitting, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
+
+
+def make_optimizer(experts: tsm_lora.Experts, args: argparse.Namespace) -> torch.optim.Optimizer:
+    denoiser = experts.parameters(experts.backbone.denoiser)
+    encoders = experts.parameters()[len(denoiser) :]
+    text_encoder_lr = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
+    groups = [{"params": denoiser, "lr": args.learning_rate}, {"params": encoders, "lr": text_encoder_lr}]
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as AdamW  # slow to import
+    else:
+        from torch.optim import AdamW
+    return AdamW(
+        [group for group in groups if group["params"]],
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
 
 
 def foster(pipe, train, validation, moments, args: argparse.Namespace, interval: int, accelerator) -> None:
@@ -373,19 +388,7 @@ def foster(pipe, train, validation, moments, args: argparse.Namespace, interval:
     )
     if args.gradient_checkpointing:
         experts.enable_gradient_checkpointing()
-    denoiser = experts.parameters(experts.backbone.denoiser)
-    encoders = experts.parameters()[len(denoiser) :]
-    text_encoder_lr = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
-    groups = [{"params": denoiser, "lr": args.learning_rate}, {"params": encoders, "lr": text_encoder_lr}]
-    optimizer_class = torch.optim.AdamW
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as optimizer_class
-    optimizer = optimizer_class(
-        [group for group in groups if group["params"]],
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
+    optimizer = make_optimizer(experts, args)
     lr_scheduler = get_scheduler(  # not prepared: a function of the optimiser step alone, on any number of processes
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
