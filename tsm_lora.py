@@ -183,13 +183,11 @@ class ExpertLayer(nn.Module):
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(A.dtype)
         z = project(x, A, None)  # (rows, ..., S*r) or (rows, S*r, h', w')
-        if A.ndim == 4:
-            if weight is not None:
-                z = z * weight.to(z.dtype)[:, :, None, None]
-            return F.conv2d(z, B.t()[:, :, None, None]) * (self.scaling * route.scale)
         if weight is not None:
-            z = z * weight.to(z.dtype).view(len(weight), *[1] * (z.ndim - 2), -1)
-        return F.linear(z, B.t()) * (self.scaling * route.scale)
+            shape = (*weight.shape, 1, 1) if A.ndim == 4 else (len(weight), *[1] * (z.ndim - 2), weight.shape[1])
+            z = z * weight.view(shape).to(z.dtype)
+        z = z * (self.scaling * route.scale)
+        return F.conv2d(z, B.t()[:, :, None, None]) if A.ndim == 4 else F.linear(z, B.t())
 
     def delta(self, slot: int) -> torch.Tensor:
         """What one expert adds to the base weight, alpha / r * B A in fp32: (d_out, d_in[, kh, kw])."""
@@ -499,9 +497,9 @@ class Experts:
         scale = self.routing.scale * _call_scale(arguments)
         slot = self.routing.slots(t)
         if self._prompt is not None:
-            arguments |= self._conditions(t, arguments)
+            arguments |= self._conditions(t, slot, arguments)
         if self._originals:
-            self._fold(t, scale)
+            self._fold(t, slot, scale)
         self.routing.route = Route(slot, scale, folded=bool(self._originals))
         return (), arguments
 
@@ -541,9 +539,9 @@ class Experts:
 
     @torch.compiler.disable
     @torch.no_grad()
-    def _conditions(self, t: torch.Tensor, arguments: dict) -> dict[str, torch.Tensor]:
+    def _conditions(self, t: torch.Tensor, slot: int | torch.Tensor, arguments: dict) -> dict[str, torch.Tensor]:
         encode, stand_in, encoded = self._prompt
-        slot = self.routing.slots(t)
+        slot = slot if isinstance(slot, int) else self.routing.slots(t)  # a tensor in a compiled denoiser
         for name, tensor in stand_in.items():
             if arguments[name] is not tensor:
                 if arguments[name].shape != tensor.shape or not torch.equal(arguments[name], tensor):
@@ -554,12 +552,12 @@ class Experts:
                 stand_in[name] = arguments[name]  # the pipeline passes the same tensor at every step
         if not isinstance(slot, int):
             raise ValueError("text-encoder experts need one t per denoiser call in sampling, got several")
-        t = t.flatten()[0]
-        # first call: encode for the rest of the schedule, while the encoders are on the device
-        for step in [t] + [step for step in self.pipe.scheduler.timesteps if not encoded and step < t]:
-            if (key := self.routing.slots(step)) not in encoded:
-                with self._at(step, self._prompt_scale):
-                    encoded[key] = self.backbone.conditions(encode())
+        if slot not in encoded:  # encode for the rest of the schedule at once, while the encoders are on the device
+            t = t.flatten()[0].item()
+            for step in [t] + [step for step in self.pipe.scheduler.timesteps.tolist() if step < t]:
+                if (key := self.routing.slots(step)) not in encoded:
+                    with self._at(step, self._prompt_scale):
+                        encoded[key] = self.backbone.conditions(encode())
         return encoded[slot]
 
     # -- folding
@@ -587,8 +585,8 @@ class Experts:
 
     @torch.compiler.disable
     @torch.no_grad()
-    def _fold(self, t: torch.Tensor, scale: float) -> None:
-        slot = self.routing.slots(t)
+    def _fold(self, t: torch.Tensor, slot: int | torch.Tensor, scale: float) -> None:
+        slot = slot if isinstance(slot, int) else self.routing.slots(t)
         if not isinstance(slot, int):
             raise ValueError("folded experts serve one interval per denoiser call, this call mixes several")
         if self._folded == (slot, scale):
