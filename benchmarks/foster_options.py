@@ -106,7 +106,7 @@ def main() -> None:
         print(f"{option:24s} {loss}  {seconds}   {row['ratio']:.2f}         {row['peak_mb']:.0f}")
     machine = f"{os.cpu_count()} CPU cores, {platform.machine()}, torch {torch.__version__}"
     machine += f", OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS')}"
-    result = {"command": " ".join(sys.argv), "machine": machine, "steps": args.steps, "table": table}
+    result = {"command": " ".join(["python", *sys.argv]), "machine": machine, "steps": args.steps, "table": table}
     Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
     Path(args.output_file).write_text(json.dumps(result, indent=1) + "\n")
 
