@@ -271,7 +271,7 @@ BACKBONES = {
     ),
 }
 # Families whose names begin like a known one, but which need an entry of their own.
-WITHOUT_ENTRY = ("StableDiffusionXL", "StableDiffusion3", "StableDiffusionCascade")
+WITHOUT_ENTRY = ("StableDiffusionXL", "StableDiffusion3")
 
 
 def backbone_of(pipe) -> Backbone:

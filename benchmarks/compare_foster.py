@@ -64,10 +64,9 @@ def validation(pipe, experts, rows, settings, accelerator) -> torch.Tensor:
 def fine_tune(pipe, train, settings, accelerator) -> None:
     """Every weight of the denoiser, on the samples that an n = 1 expert would see."""
     experts = tsm_lora.attach_experts(pipe, 1, rank=1, train_text_encoder=False)  # B = 0 and frozen: for `predict`
-    experts.components[experts.backbone.denoiser].requires_grad_(True)
+    denoiser = experts.components[experts.backbone.denoiser].requires_grad_(True)
     for factor in experts.parameters():
         factor.requires_grad_(False)
-    denoiser = experts.components[experts.backbone.denoiser]
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.adam_weight_decay)
     scheduler, model = experts.backbone.noise_scheduler(pipe), train_foster.Trainee(experts)
