@@ -53,9 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--experts", help="folder of expert files; the base model alone if not given")
     add("--scale", type=float, default=1.0, help="strength of the experts")
     add("--any_base", action="store_true", help="accept experts that were trained on another base model")
-    add(
-        "--mixed_precision", choices=DTYPES, default="no", help="precision of the weights; fp32 experts are folded"
-    )
+    add("--mixed_precision", choices=DTYPES, default="no", help="precision of the weights; fp32 experts are folded")
 
     add = parser.add_argument_group("pictures").add_argument
     add("--prompt", nargs="+", help="one or more prompts")
