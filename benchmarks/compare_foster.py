@@ -1,59 +1,87 @@
-"""Compare vanilla LoRA, timestep experts and full fine-tuning of the denoiser by validation loss, on the mini world.
+"""Vanilla LoRA beside timestep experts of several n: the paper's first claim (Tables 4 and 8) on the mini world.
 
-    python benchmarks/compare_foster.py n1-r4-s1000 n8-r4-s125 n1-r32-s1000 full-s1000 --seeds 0 1 2
+    python benchmarks/compare_foster.py --domain target --output_file benchmarks/results/foster_target.json
+    python benchmarks/compare_foster.py --domain digits --total_steps 512 \\
+        --output_file benchmarks/results/foster_digits.json
 
-A run is called n<intervals>-r<rank>-s<steps per expert>, or full-s<steps>; an ending such as -lr3e-3 sets its learning
-rate. Each is trained by train_foster.py's own functions on the same pictures and measured on the same validation
-pictures at fixed t and noise, averaged over 8 intervals of equal width. Prints a table, base first, and writes JSON:
-losses per interval, the share of full fine-tuning's gain that a run closes, paired standard errors, seconds. Finished
-runs are kept in --output_dir and not repeated.
+A run is n<intervals>-r<rank>, or `full`: every weight of the denoiser (its learning rates a tenth of the others').
+Each is trained by train_foster.py's own functions with a constant learning rate, so the checkpoints of one run are the
+results of all shorter ones:
+    equal total steps            --total_steps / n steps per expert (and a quarter and a half of it, the curve)
+    equal steps per expert       --total_steps / 16 steps per expert, whatever n
+Each run's learning rate is the one of --learning_rates with the lowest validation loss after all steps, with the first
+seed; the other seeds use it. Validation loss: fixed pictures, t and noise, the mean over 8 intervals of equal width.
+Scores: pictures for prompts that nothing was chosen on, by the mini world's detectors or the classifier of digits.
+Differences are paired with n1-r4 of the same seed and budget. Writes JSON and, beside it, a picture of the curves.
+Finished trainings and measurements are kept in --work_dir and not repeated.
 """
 
 import argparse
 import json
 import os
 import platform
-import re
 import sys
 import time
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
+import evaluate
 import train_foster
 import tsm_lora
+from mini import digits, world
 
-INTERVALS = 8  # of the table
+HERE = Path(__file__).resolve().parents[1]
+RUNS = ["n1-r4", "n2-r4", "n4-r4", "n8-r4", "n16-r4", "n1-r32", "n1-r1", "n8-r1", "n1-r8", "full"]
+INTERVALS, MOST_INTERVALS = 8, 16
+REFERENCE = "n1-r4"
+SAMPLING = {"num_inference_steps": 20, "guidance_scale": 3.0}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--output_dir", default="output/compare")
+    parser.add_argument("--runs", nargs="+", default=RUNS)
+    parser.add_argument("--domain", choices=["target", "digits"], default="target")
+    parser.add_argument("--total_steps", type=int, default=1024)
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[2e-3, 5e-3, 1.25e-2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--train_batch_size", type=int, default=16)
+    parser.add_argument("--work_dir", default="output/compare")
     parser.add_argument("--output_file", default="output/compare.json")
-    args, args.other = parser.parse_known_args(argv)  # the rest are train_foster.py's flags: data, model, batch size
-    for run in args.runs:
-        if not re.fullmatch(r"(n\d+-r\d+|full)-s\d+(-lr[\d.e-]+)?", run):
-            parser.error(f"{run} is no run; they read like n8-r4-s125, n1-r32-s1000-lr3e-3 or full-s1000")
+    args = parser.parse_args(argv)
+    if args.total_steps % (4 * MOST_INTERVALS):
+        parser.error(f"--total_steps must be a multiple of {4 * MOST_INTERVALS}")
     return args
 
 
-def settings_of(run: str, seed: int, args: argparse.Namespace) -> argparse.Namespace:
+def budgets(n: int, args: argparse.Namespace) -> list[int]:
+    """Steps per expert at which a run of n experts is measured."""
+    steps = args.total_steps // n
+    return sorted({steps // 4, steps // 2, steps, args.total_steps // MOST_INTERVALS})
+
+
+def settings_of(run: str, rate: float, seed: int, args: argparse.Namespace) -> argparse.Namespace:
     """train_foster.py's settings of a run."""
-    name, steps, rate = re.fullmatch(r"(n\d+-r\d+|full)-s(\d+)(?:-lr(.+))?", run).groups()
-    n, rank = re.fullmatch(r"n(\d+)-r(\d+)", name).groups() if name != "full" else ("1", "4")
-    flags = ["--num_intervals", n, "--rank", rank, "--max_train_steps", steps, "--seed", str(seed)]
-    flags += ["--learning_rate", rate] if rate else []
-    flags += ["--output_dir", str(Path(args.output_dir) / f"{run}-seed{seed}"), "--report_to", "none"]
-    return train_foster.parse_args([*args.other, *flags, "--resume_from_checkpoint", "latest"])
+    n, rank = (1, 1) if run == "full" else map(int, run[1:].split("-r"))
+    flags = ["--num_intervals", n, "--rank", rank, "--max_train_steps", args.total_steps // n, "--seed", seed]
+    flags += ["--learning_rate", rate, "--train_batch_size", args.train_batch_size, "--max_validation_samples", 128]
+    flags += ["--checkpointing_steps", min(args.total_steps // MOST_INTERVALS, args.total_steps // n // 4)]
+    flags += ["--output_dir", Path(args.work_dir) / f"{args.domain}-{run}-lr{rate:g}-seed{seed}"]
+    if args.domain == "digits":
+        flags += ["--train_data_dir", digits.image_folder("train", HERE / "mini/data")]
+        flags += ["--validation_data_dir", digits.image_folder("validation", HERE / "mini/data")]
+    flags += ["--report_to", "none", "--resume_from_checkpoint", "latest"]
+    settings = train_foster.parse_args([str(flag) for flag in flags])
+    settings.global_batch = settings.train_batch_size
+    return settings
 
 
-def validation(pipe, experts, rows, settings, accelerator) -> torch.Tensor:
+def validation_loss(pipe, experts, rows, settings, accelerator) -> torch.Tensor:
     """Losses (8 intervals, N pictures)."""
     model, scheduler = train_foster.Trainee(experts), experts.backbone.noise_scheduler(pipe)
     settings = argparse.Namespace(**vars(settings) | {"num_intervals": INTERVALS})
@@ -61,8 +89,25 @@ def validation(pipe, experts, rows, settings, accelerator) -> torch.Tensor:
     return torch.stack([train_foster.validation_losses(*args, i, accelerator) for i in range(INTERVALS)])
 
 
-def fine_tune(pipe, train, settings, accelerator) -> None:
-    """Every weight of the denoiser, on the samples that an n = 1 expert would see."""
+@torch.no_grad()
+def scores(pipe, domain: str) -> dict[str, list[float]]:
+    """Every score of pictures whose prompts took no part in training or in any choice, None where not asked for."""
+    if domain == "digits":
+        prompts = (HERE / "mini/prompts/digits.txt").read_text().splitlines()
+    else:
+        prompts = [prompt for category in world.CATEGORIES for prompt in world.prompts(category, "test")[:40]]
+    score_of = evaluate.scorer("digits" if domain == "digits" else "mini")
+    rows = []
+    for start in range(0, len(prompts), 40):
+        chunk = prompts[start : start + 40]
+        generators = [torch.Generator().manual_seed(start + k) for k in range(len(chunk))]
+        images = pipe(chunk, generator=generators, **SAMPLING).images
+        rows += [score_of(image, prompt) for image, prompt in zip(images, chunk)]
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def fine_tune(pipe, train, settings, accelerator):
+    """Every weight of the denoiser, on the samples that an n = 1 expert would see; yields the steps done."""
     experts = tsm_lora.attach_experts(pipe, 1, rank=1, train_text_encoder=False)  # B = 0 and frozen: for `predict`
     denoiser = experts.components[experts.backbone.denoiser].requires_grad_(True)
     for factor in experts.parameters():
@@ -71,74 +116,176 @@ def fine_tune(pipe, train, settings, accelerator) -> None:
     optimizer = torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.adam_weight_decay)
     scheduler, model = experts.backbone.noise_scheduler(pipe), train_foster.Trainee(experts)
     pictures = data.Pictures(train, settings, data.latent_shape(pipe, settings.resolution), augment=True)
-    for batch in tqdm(data.training_loader(pictures, settings, 0, 0, accelerator, None), desc="full fine-tuning"):
+    batches = data.training_loader(pictures, settings, 0, 0, accelerator, None)
+    for step, batch in enumerate(tqdm(batches, desc="full fine-tuning"), 1):
         loss = train_foster.sample_losses(model, experts, scheduler, batch, 0, tsm_lora.T).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-    experts.unload()
+        if step in budgets(1, argparse.Namespace(total_steps=settings.max_train_steps)):
+            yield step, experts
 
 
-def measure(run: str, seed: int, args: argparse.Namespace, accelerator: Accelerator) -> dict:
-    """Train one run, if that was not done before, and measure it: losses (8, N), seconds."""
-    settings = settings_of(run, seed, args)
-    path = Path(settings.output_dir) / "losses.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    settings.global_batch = settings.train_batch_size * settings.gradient_accumulation_steps
-    train, rows, origin = data.split_rows(settings)
+def experts_after(pipe, settings, step: int) -> Path:
+    """A folder with the experts as they were after so many steps each."""
+    if step == settings.max_train_steps:
+        return train_foster.expert_path(settings, 0).parent
+    folder = Path(settings.output_dir) / f"after-{step}"
+    folder.mkdir(exist_ok=True)
+    for i in range(settings.num_intervals):
+        name = f"interval-{i:03d}"
+        source = Path(settings.output_dir) / "checkpoints" / name / f"checkpoint-{step}" / f"{name}.safetensors"
+        if not (folder / source.name).exists():
+            os.link(source, folder / source.name)
+    return folder
+
+
+def measure(run: str, rate: float, seed: int, args: argparse.Namespace, accelerator, with_scores: bool) -> dict:
+    """{steps per expert: {loss (8, N), scores}} of one run, trained if that was not done before."""
+    settings = settings_of(run, rate, seed, args)
+    path = Path(settings.output_dir) / "measured.json"
+    record = json.loads(path.read_text()) if path.exists() else {"run": run, "learning_rate": rate, "seed": seed}
+    steps = budgets(settings.num_intervals, args)
+    scored = [s for s in steps if s in (args.total_steps // MOST_INTERVALS, steps[-1])] if with_scores else []
+    wanted = steps if with_scores else steps[-1:]
+    if all(str(s) in record and (s not in scored or "scores" in record[str(s)]) for s in wanted):
+        return record
+    train, rows, _ = data.split_rows(settings)
     pipe = train_foster.load_pipeline(settings, accelerator)
     start = time.time()
-    if run.startswith("full"):
-        fine_tune(pipe, train, settings, accelerator)
-        experts = tsm_lora.attach_experts(pipe, 1, rank=1, train_text_encoder=False)
+    if run == "full":
+        wanted, scored, steps = steps, steps[-1:], fine_tune(pipe, train, settings, accelerator)
     else:
         train_foster.claim_output_dir(settings)
         for interval in range(settings.num_intervals):
             if not train_foster.expert_path(settings, interval).exists():
                 train_foster.foster(pipe, train, rows, None, settings, interval, accelerator)
-        experts = tsm_lora.load_experts(pipe, train_foster.expert_path(settings, 0).parent)
-    record = {"run": run, "seed": seed, "learning_rate": settings.learning_rate, "seconds": time.time() - start}
-    record |= {"losses": validation(pipe, experts, rows, settings, accelerator).tolist(), "pictures_from": origin}
-    train_foster.write_json(path, record)
+        steps = [(s, None) for s in wanted]
+    record.setdefault("seconds", time.time() - start)
+    for step, experts in steps:
+        own = tsm_lora.load_experts(pipe, experts_after(pipe, settings, step)) if experts is None else experts
+        entry = record.setdefault(str(step), {})
+        entry.setdefault("loss", validation_loss(pipe, own, rows, settings, accelerator).tolist())
+        if step in scored and "scores" not in entry:
+            entry["scores"] = scores(pipe, args.domain)
+        if experts is None:
+            own.unload()
+        train_foster.write_json(path, record)
     return record
 
 
-def base_losses(args: argparse.Namespace, accelerator: Accelerator) -> torch.Tensor:
-    settings = settings_of("full-s1", 0, args)
-    _, rows, _ = data.split_rows(settings)
-    pipe = train_foster.load_pipeline(settings, accelerator)
-    experts = tsm_lora.attach_experts(pipe, 1, rank=1, train_text_encoder=False)
-    return validation(pipe, experts, rows, settings, accelerator)
+def base(args: argparse.Namespace, accelerator) -> dict:
+    """The base model's losses and scores."""
+    path = Path(args.work_dir) / f"{args.domain}-base.json"
+    if not path.exists():
+        settings = settings_of("full", 0, 0, args)
+        _, rows, _ = data.split_rows(settings)
+        pipe = train_foster.load_pipeline(settings, accelerator)
+        experts = tsm_lora.attach_experts(pipe, 1, rank=1, train_text_encoder=False)
+        loss = validation_loss(pipe, experts, rows, settings, accelerator).tolist()
+        train_foster.write_json(path, {"loss": loss, "scores": scores(pipe, args.domain)})
+    return json.loads(path.read_text())
+
+
+def mean_and_error(values: list[float]) -> dict[str, float]:
+    return dict(zip(("mean", "standard_error"), evaluate.mean_and_error(values)))
+
+
+def flat_scores(entry: dict) -> dict[str, float]:
+    """Mean of each score over the prompts that ask for it."""
+    named = {name: [v for v in values if v is not None] for name, values in entry["scores"].items()}
+    return {name: sum(values) / len(values) for name, values in named.items() if values}
+
+
+def row_of(run: str, step: int, records: list[dict], reference: list[dict] | None, of_base: dict) -> dict:
+    """One line of the table: means over the seeds, and differences to the reference, paired by seed."""
+    n = 1 if run == "full" else int(run[1:].split("-r")[0])
+    losses = [torch.tensor(record[str(step)]["loss"]) for record in records]  # (8, N) each
+    row = {"run": run, "steps_per_expert": step, "total_steps": step * n, "learning_rate": records[0]["learning_rate"]}
+    row |= {"loss": mean_and_error([x.mean().item() for x in losses])}
+    row |= {"loss_by_interval": torch.stack(losses).mean((0, 2)).tolist()}
+    row["lower_than_base"] = 1 - row["loss"]["mean"] / torch.tensor(of_base["loss"]).mean().item()
+    scored = "scores" in records[0][str(step)]
+    if scored:
+        by_seed = [flat_scores(record[str(step)]) for record in records]
+        row["scores"] = {name: mean_and_error([s[name] for s in by_seed]) for name in by_seed[0]}
+    if reference:
+        others = [record[str(reference[1])] for record in reference[0]]  # its records, and its steps
+        gaps = [x - torch.tensor(other["loss"]) for x, other in zip(losses, others)]
+        row["loss_minus_reference"] = mean_and_error([gap.mean().item() for gap in gaps])
+        row["by_interval_minus_reference"] = torch.stack(gaps).mean((0, 2)).tolist()
+        pictures = torch.stack(gaps).mean((0, 1))  # (N,)
+        row["loss_minus_reference"]["standard_error_over_pictures"] = (pictures.std() / len(pictures) ** 0.5).item()
+        if scored and "scores" in others[0]:
+            pairs = [(flat_scores(r[str(step)]), flat_scores(other)) for r, other in zip(records, others)]
+            row["scores_minus_reference"] = {k: mean_and_error([a[k] - b[k] for a, b in pairs]) for k in pairs[0][0]}
+    return row
+
+
+def tables(records: dict[str, list[dict]], of_base: dict, args: argparse.Namespace) -> dict[str, list[dict]]:
+    reference = records.get(REFERENCE)
+    lists: dict[str, list[dict]] = {"equal_total_steps": [], "equal_steps_per_expert": [], "curve": []}
+    short = args.total_steps // MOST_INTERVALS
+    for run, own in records.items():
+        n = 1 if run == "full" else int(run[1:].split("-r")[0])
+        last = args.total_steps // n
+        against = None if run == REFERENCE or not reference else reference
+        lists["equal_total_steps"].append(row_of(run, last, own, against and (against, args.total_steps), of_base))
+        lists["equal_steps_per_expert"].append(row_of(run, short, own, against and (against, short), of_base))
+        for step in (last // 4, last // 2, last):
+            lists["curve"].append(row_of(run, step, own, against and (against, step * n), of_base))
+    return lists
+
+
+def plot(lists: dict[str, list[dict]], of_base: dict, args: argparse.Namespace, path: Path) -> None:
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for run in args.runs:
+        rows = [row for row in lists["curve"] if row["run"] == run]
+        steps, means = [row["total_steps"] for row in rows], [row["loss"]["mean"] for row in rows]
+        left.errorbar(steps, means, [row["loss"]["standard_error"] for row in rows], label=run, capsize=2)
+        if run != REFERENCE and "by_interval_minus_reference" in rows[-1]:
+            own = torch.tensor(rows[-1]["loss_by_interval"])
+            relative = own / (own - torch.tensor(rows[-1]["by_interval_minus_reference"]))
+            right.plot(range(INTERVALS), relative.tolist(), label=run)
+    left.set(xlabel="optimiser steps in all", ylabel="validation loss", xscale="log", yscale="log", title=args.domain)
+    left.legend(fontsize="xx-small")
+    right.axhline(1, color="black", linewidth=0.5)
+    right.set(xlabel="interval (0 is the cleanest)", ylabel=f"loss / loss of {REFERENCE}", title="equal total steps")
+    figure.savefig(path, dpi=120)
 
 
 def main(args: argparse.Namespace) -> None:
     accelerator = Accelerator(cpu=train_foster.on_cpu())
-    base = base_losses(args, accelerator)
-    full = next((run for run in args.runs if run.startswith("full")), None)
-    runs = {run: [measure(run, seed, args, accelerator) for seed in args.seeds] for run in args.runs}
-    mean = {run: torch.tensor([r["losses"] for r in records]).mean(0) for run, records in runs.items()}  # (8, N)
-    table = [{"run": "base", "loss": base.mean().item(), "by_interval": base.mean(1).tolist()}]
-    for run, losses in mean.items():
-        gain = (base - losses).mean(0)  # (N,): paired by picture
-        per_seed = [torch.tensor(r["losses"]).mean().item() for r in runs[run]]
-        row = {"run": run, "loss": losses.mean().item(), "by_interval": losses.mean(1).tolist(), "by_seed": per_seed}
-        row |= {"gain": gain.mean().item(), "standard_error": (gain.std() / len(gain) ** 0.5).item()}
-        row["lower_by"] = row["gain"] / table[0]["loss"]
-        row["share_of_full"] = row["gain"] / (base - mean[full]).mean().item() if full else None
-        row["seconds"] = sum(r["seconds"] for r in runs[run]) / len(runs[run])
-        table.append(row)
-    print(f"\n{'run':24s} loss     gain ± error        lower by  share of full")
-    print(f"{'base':24s} {table[0]['loss']:.4f}")
-    for row in table[1:]:
-        share = f"{100 * row['share_of_full']:5.1f} %" if full else ""
-        gain = f"{row['gain']:.4f} ± {row['standard_error']:.4f}"
-        print(f"{row['run']:24s} {row['loss']:.4f}   {gain:18s}  {100 * row['lower_by']:5.1f} %   {share}")
-    machine = f"{os.cpu_count()} CPU cores, {platform.machine()}, torch {torch.__version__}"
-    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
-    result = {"command": command, "machine": machine, "seeds": args.seeds, "table": table}
+    of_base = base(args, accelerator)
+    records, tried = {}, {}
+    for run in args.runs:
+        rates = [rate / 10 if run == "full" else rate for rate in args.learning_rates]
+        last = str(args.total_steps // (1 if run == "full" else int(run[1:].split("-r")[0])))
+        first = {rate: measure(run, rate, args.seeds[0], args, accelerator, False) for rate in rates}
+        tried[run] = {f"{rate:g}": torch.tensor(record[last]["loss"]).mean().item() for rate, record in first.items()}
+        losses = {rate: tried[run][f"{rate:g}"] for rate in rates}
+        best = min(rates, key=lambda rate: losses[rate] if losses[rate] == losses[rate] else float("inf"))
+        records[run] = [measure(run, best, seed, args, accelerator, True) for seed in args.seeds]
+        print(run, tried[run], "->", best, flush=True)
+    lists = tables(records, of_base, args)
+    result = {"command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])}
+    result |= {"machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, torch {torch.__version__}"}
+    result |= {"seeds": args.seeds, "learning_rates_tried": tried, "base_scores": flat_scores(of_base)}
+    result |= {"base_loss_by_interval": torch.tensor(of_base["loss"]).mean(1).tolist(), **lists}
     train_foster.write_json(Path(args.output_file), result)
+    plot(lists, of_base, args, Path(args.output_file).with_suffix(".png"))
+    for title in ("equal_total_steps", "equal_steps_per_expert"):
+        print(f"\n{args.domain}, {title.replace('_', ' ')} (± standard error over {len(args.seeds)} seeds)")
+        names = list(result["base_scores"])
+        print(f"{'':8s} steps    lr      loss    minus {REFERENCE}       " + " ".join(f"{n:>9s}" for n in names))
+        for row in lists[title]:
+            gap = row.get("loss_minus_reference")
+            gap = f"{gap['mean']:+.4f} ± {gap['standard_error']:.4f}" if gap else ""
+            shown = " ".join(f"{100 * v['mean']:9.1f}" for v in row.get("scores", {}).values())
+            rate, loss = row["learning_rate"], row["loss"]["mean"]
+            print(f"{row['run']:8s} {row['steps_per_expert']:5d} {rate:8g} {loss:.4f} {gap:18s}  {shown}")
 
 
 if __name__ == "__main__":
