@@ -21,13 +21,14 @@ A (r, d_in) and B (d_out, r) the two factors of an expert. Shapes stand at line 
 """
 
 import functools
+import hashlib
 import inspect
 import json
 import math
 import os
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,8 +40,16 @@ from torch.utils.checkpoint import checkpoint
 
 T = 1000  # training timesteps of every supported model
 FORMAT_VERSION = 1
-# What a loader needs of a header; from the third on, all experts of a set agree.
-FACTS = ("interval_index", "base_fingerprint", "num_intervals", "rank", "backbone", "targets", "prediction_type")
+SHARED_FACTS = ("backbone", "targets", "prediction_type")  # equal in all experts that work together
+FACTS = (
+    "interval_index",
+    "num_intervals",
+    "rank",
+    "base_fingerprint",
+    *SHARED_FACTS,
+)  # what a loader needs of a header
+ROUTER_FACTS = ("banks", "router", "experts", "base_fingerprint", *SHARED_FACTS)
+ROUTER_FILE = "router.safetensors"
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 
 
@@ -69,52 +78,90 @@ def interval_index(t: torch.Tensor | float, n: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Route:
-    """Which experts the layers run now: `slot` is an int or 0-dim tensor (one for all rows) or a (B,) tensor."""
+class Bank:
+    """The experts of one scale: of n intervals, those in `indices` (sorted). `gated` marks a context, Eq. 5."""
 
-    slot: int | torch.Tensor
+    n: int
+    indices: tuple[int, ...]
+    rank: int
+    gated: bool = False
+
+
+@dataclass(frozen=True)
+class Router:
+    """How gates come about: g(x, t) = W_r x + E[t] (Eq. 6) from both terms or from one; `top_k` makes them a softmax
+    over the k largest instead (MixLoRA, https://arxiv.org/abs/2404.15159, Eq. 4-5)."""
+
+    inputs: str = "both"  # or "feature" or "timestep"
+    top_k: int | None = None
+
+    def __post_init__(self):
+        if self.inputs not in ("both", "feature", "timestep"):
+            raise ValueError(f"router inputs are both, feature or timestep, got {self.inputs!r}")
+
+
+@dataclass(frozen=True)
+class Route:
+    """What the layers run now. An index is an int or a 0-dim tensor (one for all rows) or a (B,) tensor."""
+
+    slots: tuple[int | torch.Tensor, ...]  # one per bank
+    row: int | torch.Tensor  # of the routers' E: min(floor(t), T - 1)
     scale: float
-    folded: bool = False  # the denoiser's weights hold the expert already
+    folded: bool = False  # the denoiser's weights hold the core expert already
+
+    @property
+    def shared(self) -> bool:
+        return all(map(_is_one, self.slots))
+
+
+def _is_one(index: int | torch.Tensor) -> bool:
+    return isinstance(index, int) or index.ndim == 0
 
 
 class Routing:
     """The one place that knows t while a forward (or its recomputation in the backward pass) is running."""
 
-    def __init__(self, n: int, indices: list[int], scale: float):
-        self.n, self.indices, self.scale = n, indices, scale
-        self.slot_of = {i: slot for slot, i in enumerate(indices)}
+    def __init__(self, banks: Iterable[Bank], scale: float = 1.0):
+        self.banks, self.scale = tuple(banks), scale
         self.route: Route | None = None
         self.enabled = True
-        self._tables: dict[torch.device, torch.Tensor] = {}  # interval -> slot
+        self._tables: dict[tuple, torch.Tensor] = {}  # interval -> slot
 
-    def slots(self, t: torch.Tensor | float) -> int | torch.Tensor:
-        """Slots of the experts that serve t; an int where all of t share one. ValueError where there is none.
+    def at(self, t: torch.Tensor | float, scale: float = 1.0) -> Route:
+        """The route of t; indices are ints where all of t share one. ValueError where a bank has no expert for t.
 
-        Reading t costs a device synchronisation, so it is done in sampling only: a training loop draws t itself.
+        Reading t costs a device synchronisation, so it is done once, and in sampling only: a training loop draws t
+        itself.
         """
         t = torch.as_tensor(t)
-        on_host = t.device.type == "cpu" or not torch.is_grad_enabled()
-        if on_host and not torch.compiler.is_compiling():
-            t_host = t.cpu()
-            if t_host.min() < 0 or t_host.max() > T:
-                raise ValueError(f"timesteps {t_host.tolist()} leave 0..{T}; t must count {T} training steps")
-            intervals = interval_index(t_host, self.n).unique().tolist()
-            missing = [i for i in intervals if i not in self.slot_of]
+        on_host = (t.device.type == "cpu" or not torch.is_grad_enabled()) and not torch.compiler.is_compiling()
+        host = t.cpu() if on_host else None
+        if on_host and (host.min() < 0 or host.max() > T):
+            raise ValueError(f"timesteps {host.tolist()} leave 0..{T}; t must count {T} training steps")
+        everywhere = Bank(T, tuple(range(T)), 0)
+        slots = tuple(self._slot(bank, t, host) for bank in self.banks)
+        return Route(slots, self._slot(everywhere, t, host), self.scale * scale)
+
+    def _slot(self, bank: Bank, t: torch.Tensor, host: torch.Tensor | None) -> int | torch.Tensor:
+        if host is not None:
+            intervals = interval_index(host, bank.n).unique().tolist()
+            missing = [i for i in intervals if i not in bank.indices]
             if missing:
                 raise ValueError(
-                    f"t falls into interval(s) {missing} of {self.n}, but only the experts of {self.indices} are here"
+                    f"t falls into interval(s) {missing} of {bank.n}, but only the experts of {list(bank.indices)} "
+                    "are here"
                 )
             if len(intervals) == 1:
-                return self.slot_of[intervals[0]]
-        elif len(self.indices) == 1:
+                return bank.indices.index(intervals[0])
+        elif len(bank.indices) == 1:
             return 0
-        index = interval_index(t, self.n)
-        if len(self.indices) == self.n:
+        index = interval_index(t, bank.n)
+        if len(bank.indices) == bank.n:
             return index
-        if t.device not in self._tables:
-            table = [self.slot_of.get(i, -1) for i in range(self.n)]
-            self._tables[t.device] = torch.tensor(table, device=t.device)
-        return self._tables[t.device].take(index)
+        if (bank, t.device) not in self._tables:
+            table = [bank.indices.index(i) if i in bank.indices else -1 for i in range(bank.n)]
+            self._tables[bank, t.device] = torch.tensor(table, device=t.device)
+        return self._tables[bank, t.device].take(index)
 
     def current(self) -> Route:
         """The route of the running forward; RuntimeError outside of one, since a guessed t would be a silent error."""
@@ -143,26 +190,39 @@ class Routing:
 
 
 class ExpertLayer(nn.Module):
-    """All S experts of one Linear or Conv2d, stacked into one LoRA of rank S * r with a one-hot weight between.
+    """All experts of one Linear or Conv2d, stacked into one LoRA, z = A x, B (w * z), with weights w between: one-hot
+    by t within a bank, and times the gate g(x, t) where the bank is a context.
 
-    A is (S * r, d_in) or (S * r, c_in, kh, kw), B is stored transposed as (S * r, d_out), so that one expert is a
-    contiguous slice of both. It is a child of the adapted layer, which stays the object that it was.
+    R = sum of S * r over the banks. A is (R, d_in) or (R, c_in, kh, kw), B is stored transposed as (R, d_out), so that
+    one expert is a contiguous slice of both. It is a child of the adapted layer, which stays the object that it was.
+    Of m contexts, W_r is (m, d_in) or (m, c_in) and E is (T, m); both start at zero. The gate of a convolution stands
+    at the output's positions: W_r is the centre of a kernel, which moves with the base's stride.
     """
 
-    def __init__(self, base: nn.Linear | nn.Conv2d, num_experts: int, rank: int, alpha: float, routing: Routing):
+    def __init__(self, base: nn.Linear | nn.Conv2d, routing: Routing, scaling: float, router: Router | None = None):
         super().__init__()
         shape_in, d_out = _layer_shape(base)
-        self.rank, self.scaling, self.routing = rank, alpha / rank, routing
-        device = base.weight.device
-        self.A = nn.Parameter(torch.zeros(num_experts * rank, *shape_in, device=device))  # (S*r, d_in[, kh, kw])
-        self.B = nn.Parameter(torch.zeros(num_experts * rank, d_out, device=device))  # (S*r, d_out)
+        self.scaling, self.routing, self.router = scaling, routing, router
+        device, stacked = base.weight.device, [len(bank.indices) * bank.rank for bank in routing.banks]
+        self.starts = [sum(stacked[:k]) for k in range(len(stacked) + 1)]
+        self.A = nn.Parameter(torch.zeros(sum(stacked), *shape_in, device=device))  # (R, d_in[, kh, kw])
+        self.B = nn.Parameter(torch.zeros(sum(stacked), d_out, device=device))  # (R, d_out)
+        self.W_r = self.E = None
+        m = sum(bank.gated for bank in routing.banks)
+        if router is not None and router.inputs != "timestep":
+            self.W_r = nn.Parameter(torch.zeros(m, shape_in[0], device=device))
+        if router is not None and router.inputs != "feature":
+            self.E = nn.Parameter(torch.zeros(T, m, device=device))
+        self.balance: torch.Tensor | None = None  # load-balance loss of the last forward, top-k gates only
+        self.watch: Callable | None = None  # called with the gates (..., m) of each forward
 
-    def expert(self, slot: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def expert(self, slot: int | torch.Tensor, bank: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """The factors A (r, d_in[, kh, kw]) and B (r, d_out) of one slot; a 0-dim tensor keeps one compiled graph."""
+        rank, start = self.routing.banks[bank].rank, self.starts[bank]
         if isinstance(slot, int):
-            rows = slice(slot * self.rank, (slot + 1) * self.rank)
+            rows = slice(start + slot * rank, start + (slot + 1) * rank)
             return self.A[rows], self.B[rows]
-        rows = slot * self.rank + torch.arange(self.rank, device=slot.device)
+        rows = start + slot * rank + torch.arange(rank, device=slot.device)
         return self.A.index_select(0, rows), self.B.index_select(0, rows)
 
     def forward(self, x: torch.Tensor, project: Callable) -> torch.Tensor:
@@ -170,27 +230,81 @@ class ExpertLayer(nn.Module):
 
         `project(x, weight, None)` is F.linear or the base's convolution (its stride, padding, dilation).
         """
-        route = self.routing.current()
-        if isinstance(route.slot, int) or route.slot.ndim == 0:
-            A, B = self.expert(route.slot)
-            weight = None
-        else:
-            A, B = self.A, self.B
-            if x.shape[0] % len(route.slot):
-                raise ValueError(f"{x.shape[0]} rows cannot be split over a batch of {len(route.slot)} timesteps")
-            slot = route.slot.repeat_interleave(x.shape[0] // len(route.slot))  # video: B*F or B*H*W rows
-            weight = F.one_hot(slot, len(A) // self.rank).repeat_interleave(self.rank, 1)  # (rows, S*r)
+        route, banks = self.routing.current(), self.routing.banks
         if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(A.dtype)
-        z = project(x, A, None)  # (rows, ..., S*r) or (rows, S*r, h', w')
-        if weight is not None:
-            shape = (*weight.shape, 1, 1) if A.ndim == 4 else (len(weight), *[1] * (z.ndim - 2), weight.shape[1])
-            z = z * weight.view(shape).to(z.dtype)
-        z = z * (self.scaling * route.scale)
-        return F.conv2d(z, B.t()[:, :, None, None]) if A.ndim == 4 else F.linear(z, B.t())
+            x = x.to(self.A.dtype)
+        core = [k for k, bank in enumerate(banks) if not bank.gated and not route.folded]
+        contexts = [k for k, bank in enumerate(banks) if bank.gated]
+        # One t for all rows: core and contexts share two products. Else the core alone is exactly stage 1.
+        groups = [core + contexts] if route.shared else [core, contexts]
+        return functools.reduce(torch.add, (self._add(x, project, route, group) for group in groups if group))
+
+    def _add(self, x: torch.Tensor, project: Callable, route: Route, group: list[int]) -> torch.Tensor:
+        dim = 1 if self.A.ndim == 4 else -1
+        factors = [self._factors(k, route.slots[k]) for k in group]
+        down = [A for A, _, _ in factors]
+        gated = self.routing.banks[group[-1]].gated  # contexts come last
+        if gated and self.W_r is not None:
+            down.append(self.W_r if dim == -1 else self._centred(self.W_r))
+        z = project(x, torch.cat(down) if len(down) > 1 else down[0], None)  # (rows, ..., R') or (rows, R', h', w')
+        parts = list(z.split([len(A) for A in down], dim)) if len(down) > 1 else [z]
+        if gated:
+            logits = parts.pop() if self.W_r is not None else 0
+            if self.E is not None:
+                logits = logits + self._spread(self.E[route.row], z, dim)
+            gates = self._gates(logits, dim)
+        for j, (k, (_, _, one_hot)) in enumerate(zip(group, factors)):
+            if one_hot is not None:
+                parts[j] = parts[j] * self._spread(one_hot, z, dim).to(z.dtype)
+            if self.routing.banks[k].gated:
+                parts[j] = parts[j] * next(gates)
+        z = torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+        if self.scaling * route.scale != 1:
+            z = z * (self.scaling * route.scale)
+        B = torch.cat([B for _, B, _ in factors]) if len(factors) > 1 else factors[0][1]
+        z = z if torch.is_autocast_enabled(x.device.type) else z.to(B.dtype)
+        return F.conv2d(z, B.t()[:, :, None, None]) if dim == 1 else F.linear(z, B.t())
+
+    def _factors(self, bank: int, slot: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """A and B of one expert, or of the whole bank with the rows that serve each sample, (B, S*r)."""
+        if _is_one(slot):
+            return *self.expert(slot, bank), None
+        rows = slice(self.starts[bank], self.starts[bank + 1])
+        one_hot = F.one_hot(slot, len(self.routing.banks[bank].indices))
+        return self.A[rows], self.B[rows], one_hot.repeat_interleave(self.routing.banks[bank].rank, 1)
+
+    def _gates(self, logits: torch.Tensor, dim: int):
+        """Iterator over the m gates, each with one channel."""
+        if self.router.top_k is not None:
+            shares = logits.float().softmax(dim)
+            kept = shares >= shares.topk(self.router.top_k, dim).values.amin(dim, keepdim=True)
+            others = [d for d in range(shares.ndim) if d != dim % shares.ndim]
+            # https://arxiv.org/abs/2404.15159, Eq. 6: m * sum_j (fraction of tokens sent to j) * (mean share of j)
+            fraction = kept.float().mean(others) / self.router.top_k
+            self.balance = shares.shape[dim] * (fraction * shares.mean(others)).sum()
+            logits = shares * kept
+            logits = (logits / logits.sum(dim, keepdim=True)).to(logits.dtype)
+        if self.watch is not None:
+            self.watch(logits.movedim(dim, -1))
+        return iter(logits.split(1, dim))
+
+    def _spread(self, values: torch.Tensor, z: torch.Tensor, dim: int) -> torch.Tensor:
+        """(B, k) by sample or (k,) for all, in the shape that multiplies z row by row."""
+        if values.ndim == 1:
+            return values if dim == -1 else values[None, :, None, None]
+        if z.shape[0] % len(values):
+            raise ValueError(f"{z.shape[0]} rows cannot be split over a batch of {len(values)} timesteps")
+        values = values.repeat_interleave(z.shape[0] // len(values), 0)  # video: B*F or B*H*W rows
+        return values[:, :, None, None] if dim == 1 else values.view(len(values), *[1] * (z.ndim - 2), -1)
+
+    def _centred(self, W_r: torch.Tensor) -> torch.Tensor:
+        """(m, c_in) as the centre of an otherwise empty kernel, (m, c_in, kh, kw)."""
+        kh, kw = self.A.shape[2:]
+        return F.pad(W_r[:, :, None, None], (kw // 2, (kw - 1) // 2, kh // 2, (kh - 1) // 2))
 
     def delta(self, slot: int) -> torch.Tensor:
-        """What one expert adds to the base weight, alpha / r * B A in fp32: (d_out, d_in[, kh, kw])."""
+        """What an expert of the first bank, the core, adds to the base weight, alpha / r * B A in fp32:
+        (d_out, d_in[, kh, kw])."""
         A, B = (factor.detach().float() for factor in self.expert(slot))
         return (B.t() @ A.flatten(1)).view(B.shape[1], *A.shape[1:]) * self.scaling
 
@@ -204,7 +318,7 @@ def _layer_shape(base: nn.Module) -> tuple[tuple[int, ...], int]:
 def _add_experts(base: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
     """Forward hook of an adapted layer."""
     routing = base.tsm.routing
-    if not routing.enabled or (routing.route is not None and routing.route.folded):
+    if not routing.enabled or (routing.route is not None and routing.route.folded and base.tsm.router is None):
         return output
     project = base._conv_forward if isinstance(base, nn.Conv2d) else F.linear
     return output + base.tsm(args[0], project).to(output.dtype)
@@ -316,54 +430,130 @@ def attach_experts(
     indices = list(range(num_intervals)) if indices is None else sorted(set(indices))
     if not indices or indices[0] < 0 or indices[-1] >= num_intervals:
         raise ValueError(f"interval indices must lie in 0..{len(bounds) - 2}, got {indices}")
+    banks = [Bank(num_intervals, tuple(indices), rank)]
+    return _fresh(pipe, backbone, banks, alpha, lora_layers, train_text_encoder, generator)
+
+
+def attach_moe(
+    pipe,
+    num_experts: int,
+    top_k: int = 2,
+    rank: int = 4,
+    alpha: float | None = None,
+    lora_layers: Iterable[str] | None = None,
+    train_text_encoder: bool = True,
+    generator: torch.Generator | None = None,
+) -> "Experts":
+    """MoE LoRA, the paper's rival (appendix C.2, after MixLoRA): `num_experts` fresh LoRAs that all serve every t,
+    mixed by a softmax over the `top_k` largest gates of the layer's input. Experts and routers train, with
+    `experts.balance_loss()` beside the diffusion loss. Arguments and errors as of `attach_experts`."""
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k must lie in 1..{num_experts}, the number of experts, got {top_k}")
+    banks, router = [Bank(1, (0,), rank, gated=True)] * num_experts, Router("feature", top_k)
+    experts = _fresh(pipe, backbone_of(pipe), banks, alpha, lora_layers, train_text_encoder, generator, router)
+    for layer in experts.layers.values():  # equal gates would never send a token beyond the first k experts
+        layer.W_r.data.copy_(torch.empty(layer.W_r.shape).normal_(std=0.02, generator=generator))
+    return experts
+
+
+def _fresh(pipe, backbone, banks, alpha, lora_layers, train_text_encoder, generator, router=None) -> "Experts":
     targets = {backbone.denoiser: tuple(lora_layers or backbone.targets)}
     if train_text_encoder:
         targets |= backbone.text_encoders
-    experts = Experts(pipe, backbone, targets, num_intervals, indices, rank, rank if alpha is None else alpha)
+    experts = Experts(pipe, backbone, targets, banks, banks[0].rank if alpha is None else alpha, router=router)
     for layer in experts.layers.values():
         A = torch.empty(layer.A.shape)
         # PEFT's default, https://github.com/huggingface/peft/blob/v0.11.0/src/peft/tuners/lora/layer.py#L132
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
         layer.A.data.copy_(A)
-    for component in experts.components.values():
-        component.requires_grad_(False)
-    for parameter in experts.parameters():
-        parameter.requires_grad_(True)
+    experts.train_only(experts.parameters())
+    return experts
+
+
+def assemble_experts(
+    pipe, core: str | os.PathLike | None, contexts: Iterable[str | os.PathLike], inputs: str = "both"
+) -> "Experts":
+    """Stage 2 (Sec. 3.2, Eq. 5-7): frozen experts of several scales, and fresh routers to train.
+
+    Args:
+        core: folder of the core's experts, which are not gated: the start is exactly that stage-1 model. None is the
+            symmetric variant: every scale is gated, and the finest one starts with gate 1.
+        contexts: folders of the contexts' experts, in any number and of any scales.
+        inputs: of the routers, both | feature | timestep (Table 7).
+
+    Raises ValueError for no context, for folders that do not belong together or to this base model.
+    """
+    contexts = list(contexts)
+    if not contexts:
+        raise ValueError("assembling needs at least one context folder beside the core")
+    if core is None and inputs == "feature":
+        raise ValueError("the symmetric variant starts at E = 1, so its routers need the timestep")
+    folders = [
+        (Path(folder), gated) for gated, some in ((False, [core]), (True, contexts)) for folder in some if folder
+    ]
+    experts = _read(pipe, folders, Router(inputs))
+    if core is None:
+        finest = max(range(len(contexts)), key=lambda k: experts.routing.banks[k].n)
+        for layer in experts.layers.values():
+            layer.E.data[:, finest] = 1
+    experts.train_only(experts.router_parameters())
     return experts
 
 
 def load_experts(pipe, folder: str | os.PathLike, scale: float = 1.0, check_base: bool = True) -> "Experts":
-    """Put the experts of a folder on a pipeline: from now on `pipe(prompt)` runs, at each step, the expert of its t.
+    """Put the experts of a folder on a pipeline: from now on `pipe(prompt)` runs, at each step, the experts of its t.
 
     Args:
-        folder: one `interval-*.safetensors` per interval, as `train_foster.py` writes them.
+        folder: of fostered experts, as `train_foster.py` writes it, or an assembled one with a router.safetensors.
         scale: strength of all experts; `cross_attention_kwargs={"scale": s}` of a call multiplies it.
         check_base: refuse experts whose base model has other weights than this pipeline.
 
     Raises ValueError that lists what is there and what is missing, doubled, foreign, truncated or misshapen.
     """
-    backbone = backbone_of(pipe)
-    denoiser = getattr(pipe, backbone.denoiser)
+    denoiser = getattr(pipe, backbone_of(pipe).denoiser)
     if hasattr(denoiser, "_orig_mod") or any(p.is_meta for p in denoiser.parameters()):
         raise ValueError("load experts before torch.compile and before offloading, which hide the layers")
-    files = read_folder(folder)
-    facts = files[0][0]
-    targets = {component: tuple(names) for component, names in facts["targets"].items()}
-    if facts["backbone"] != type(denoiser).__name__:
-        raise ValueError(f"experts of a {facts['backbone']} ({facts['base_model']}) do not fit this pipeline")
-    n, rank = facts["num_intervals"], facts["rank"]
-    experts = Experts(pipe, backbone, targets, n, list(range(n)), rank, rank, scale)
+    router_file = Path(folder) / ROUTER_FILE
+    if router_file.exists():
+        facts = read_facts(router_file, ROUTER_FACTS)
+        folders = [(Path(folder) / bank["folder"], bank["gated"]) for bank in facts["banks"]]
+        experts = _read(pipe, folders, Router(**facts["router"]), scale, check_base)
+    else:
+        experts = _read(pipe, [(Path(folder), False)], None, scale, check_base)
     try:
-        if check_base and not experts.same_base(facts["base_fingerprint"]):
-            raise ValueError(
-                f"the experts in {folder} were trained on {facts['base_model']!r}, whose weights are not those of "
-                f"{base_name(pipe)!r}; load that base model, or pass check_base=False to use them all the same"
-            )
-        for slot, (_, path) in enumerate(files):
-            experts.read_expert(slot, path)
+        if router_file.exists():
+            experts.read_router(router_file)
         for name, layer in experts.layers.items():
             layer.requires_grad_(False).to(dtype=_floating(experts.bases[name].weight.dtype))
         experts.follow_prompts()
+    except Exception:
+        experts.unload()
+        raise
+    return experts
+
+
+def _read(pipe, folders: list[tuple[Path, bool]], router: Router | None, scale=1.0, check_base=True) -> "Experts":
+    """The frozen experts of several folders, one bank each, in fp32."""
+    sets = [(folder, read_folder(folder), gated) for folder, gated in folders]
+    first, facts = sets[0][0], sets[0][1][0][0]
+    backbone = backbone_of(pipe)
+    if facts["backbone"] != (kind := type(getattr(pipe, backbone.denoiser)).__name__):
+        raise ValueError(f"experts of a {facts['backbone']} ({facts['base_model']}) do not fit this pipeline's {kind}")
+    for folder, files, _ in sets[1:]:
+        if differ := _differences(facts, files[0][0], SHARED_FACTS):
+            raise ValueError(f"the experts in {first} and in {folder} do not belong together: {differ}")
+    targets = {component: tuple(names) for component, names in facts["targets"].items()}
+    banks = [Bank(f[0][0]["num_intervals"], tuple(range(len(f))), f[0][0]["rank"], gated) for _, f, gated in sets]
+    experts = Experts(pipe, backbone, targets, banks, None, scale, router)
+    try:
+        if check_base and not experts.same_base(facts["base_fingerprint"]):
+            raise ValueError(
+                f"the experts in {first} were trained on {facts['base_model']!r}, whose weights are not those of "
+                f"{base_name(pipe)!r}; load that base model, or pass check_base=False to use them all the same"
+            )
+        for bank, (_, files, _) in enumerate(sets):
+            for slot, (_, path) in enumerate(files):
+                experts.read_expert(slot, path, bank)
     except Exception:
         experts.unload()
         raise
@@ -379,23 +569,26 @@ def unload_experts(pipe) -> None:
 class Experts:
     """The experts attached to a pipeline; made by `attach_experts` (to train) or `load_experts` (to sample)."""
 
-    def __init__(self, pipe, backbone, targets, n, indices, rank, alpha, scale=1.0):
+    def __init__(self, pipe, backbone, targets, banks, alpha, scale=1.0, router=None):
         if "_tsm_experts" in vars(pipe):
             raise ValueError("this pipeline carries experts already; call unload_experts(pipe) first")
-        self.pipe, self.backbone, self.targets, self.rank, self.alpha = pipe, backbone, targets, rank, alpha
-        self.routing = Routing(n, indices, scale)
+        self.pipe, self.backbone, self.targets, self.router = pipe, backbone, targets, router
+        self.alpha = alpha  # of experts that train; alpha / r is baked into those of a file
+        self.routing = Routing(banks, scale)
         self.components = {name: getattr(pipe, name) for name in (backbone.denoiser, *backbone.text_encoders)}
         self.bases: dict[str, nn.Module] = {}  # "<component>.<module>": the adapted layer
         for component, names in targets.items():
             self.bases |= _find_layers(component, getattr(pipe, component), names)
         for name, base in self.bases.items():
             shape_in, d_out = _layer_shape(base)
-            if not 1 <= rank <= min(math.prod(shape_in), d_out):
-                raise ValueError(f"rank {rank} does not fit {name}, which maps {math.prod(shape_in)} to {d_out}")
+            misfit = [bank.rank for bank in banks if not 1 <= bank.rank <= min(math.prod(shape_in), d_out)]
+            if misfit:
+                raise ValueError(f"rank {misfit[0]} does not fit {name}, which maps {math.prod(shape_in)} to {d_out}")
         self.layers: dict[str, ExpertLayer] = {}
         self._handles = []
         for name, base in self.bases.items():
-            base.tsm = self.layers[name] = ExpertLayer(base, len(indices), rank, alpha, self.routing)
+            scaling = 1.0 if alpha is None else alpha / banks[0].rank
+            base.tsm = self.layers[name] = ExpertLayer(base, self.routing, scaling, router)
             self._handles.append(base.register_forward_hook(_add_experts))
         denoiser = self.components[backbone.denoiser]
         self._argument_names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
@@ -414,13 +607,30 @@ class Experts:
         pipe._tsm_experts = self
 
     def parameters(self, component: str = "") -> list[nn.Parameter]:
-        """A and B of every layer (of one component), in a fixed order."""
+        """All that can train in every layer (of one component), in a fixed order: A and B, W_r and E."""
         layers = [layer for name, layer in self.layers.items() if component in ("", name.split(".")[0])]
-        return [p for layer in layers for p in (layer.A, layer.B)]
+        return [p for layer in layers for p in layer.parameters()]
+
+    def router_parameters(self, component: str = "") -> list[nn.Parameter]:
+        """W_r and E of every layer (of one component)."""
+        layers = [layer for name, layer in self.layers.items() if component in ("", name.split(".")[0])]
+        return [p for layer in layers for p in (layer.W_r, layer.E) if p is not None]
+
+    def train_only(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Freeze everything else: base weights, and experts while routers train."""
+        for component in self.components.values():
+            component.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+    def balance_loss(self) -> torch.Tensor:
+        """Load-balance loss of the last forward, the mean over the layers; 1 where tokens spread evenly."""
+        return torch.stack([layer.balance for layer in self.layers.values()]).mean()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Raw A and B by layer (alpha not baked in): what a checkpoint needs."""
-        return {f"{name}.{k}": getattr(layer, k).detach() for name, layer in self.layers.items() for k in ("A", "B")}
+        """What trains, by layer (alpha not baked in): what a checkpoint needs."""
+        named = ((f"{name}.{k}", p) for name, layer in self.layers.items() for k, p in layer.named_parameters())
+        return {name: p.detach() for name, p in named if p.requires_grad}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         own = self.state_dict()
@@ -438,7 +648,7 @@ class Experts:
 
     @contextmanager
     def _at(self, t: torch.Tensor | float, scale: float):
-        self.routing.route = Route(self.routing.slots(t), self.routing.scale * scale)
+        self.routing.route = self.routing.at(t, scale)
         try:
             yield
         finally:
@@ -494,13 +704,12 @@ class Experts:
             raise ValueError("fused q, k, v projections bypass the experts: call unfuse_qkv_projections()")
         arguments = dict(zip(self._argument_names, args)) | kwargs
         t = torch.as_tensor(arguments["timestep"]) * self.backbone.t_scale
-        scale = self.routing.scale * _call_scale(arguments)
-        slot = self.routing.slots(t)
+        route = self.routing.at(t, _call_scale(arguments))
         if self._prompt is not None:
-            arguments |= self._conditions(t, slot, arguments)
+            arguments |= self._conditions(t, route, arguments)
         if self._originals:
-            self._fold(t, slot, scale)
-        self.routing.route = Route(slot, scale, folded=bool(self._originals))
+            self._fold(t, route)
+        self.routing.route = replace(route, folded=bool(self._originals))
         return (), arguments
 
     def _after_denoiser(self, *_) -> None:
@@ -509,8 +718,9 @@ class Experts:
     # -- text-encoder experts under a plain `pipe(prompt)`
 
     def follow_prompts(self) -> None:
-        """Encode each prompt once per interval in use. Pipelines encode before they know their timesteps, so remember
-        the arguments of `encode_prompt`, and at the denoiser swap in the conditions of its t."""
+        """Encode each prompt once per interval in use, or per timestep where there are routers. Pipelines encode
+        before they know their timesteps, so remember the arguments of `encode_prompt`, and at the denoiser swap in the
+        conditions of its t."""
         if len(self.targets) == 1:
             return  # no text encoder has experts
         if not hasattr(self.pipe, "encode_prompt"):
@@ -539,9 +749,9 @@ class Experts:
 
     @torch.compiler.disable
     @torch.no_grad()
-    def _conditions(self, t: torch.Tensor, slot: int | torch.Tensor, arguments: dict) -> dict[str, torch.Tensor]:
+    def _conditions(self, t: torch.Tensor, route: Route, arguments: dict) -> dict[str, torch.Tensor]:
         encode, stand_in, encoded = self._prompt
-        slot = slot if isinstance(slot, int) else self.routing.slots(t)  # a tensor in a compiled denoiser
+        key = self._key(self.routing.at(t) if torch.is_tensor(route.row) else route)  # tensors in a compiled denoiser
         for name, tensor in stand_in.items():
             if arguments[name] is not tensor:
                 if arguments[name].shape != tensor.shape or not torch.equal(arguments[name], tensor):
@@ -550,15 +760,20 @@ class Experts:
                         f"prompt, {tuple(tensor.shape)}: text-encoder experts cannot tell how to encode it at t"
                     )
                 stand_in[name] = arguments[name]  # the pipeline passes the same tensor at every step
-        if not isinstance(slot, int):
+        if key is None:
             raise ValueError("text-encoder experts need one t per denoiser call in sampling, got several")
-        if slot not in encoded:  # encode for the rest of the schedule at once, while the encoders are on the device
+        if key not in encoded:  # encode for the rest of the schedule at once, while the encoders are on the device
             t = t.flatten()[0].item()
             for step in [t] + [step for step in self.pipe.scheduler.timesteps.tolist() if step < t]:
-                if (key := self.routing.slots(step)) not in encoded:
+                if (later := self._key(self.routing.at(step))) not in encoded:
                     with self._at(step, self._prompt_scale):
-                        encoded[key] = self.backbone.conditions(encode())
-        return encoded[slot]
+                        encoded[later] = self.backbone.conditions(encode())
+        return encoded[key]
+
+    def _key(self, route: Route) -> tuple[int, ...] | None:
+        """What text-encoder experts depend on at one t; None where a batch mixes several."""
+        key = route.slots if self.router is None else (*route.slots, route.row)
+        return key if all(isinstance(index, int) for index in key) else None
 
     # -- folding
 
@@ -566,12 +781,16 @@ class Experts:
     def folded(self):
         """Sample at the speed of the base: `with experts.folded(): pipe(prompt)`.
 
-        The expert of the current interval is added to the denoiser's weights in fp32 and swapped when t enters
+        The (core) expert of the current interval is added to the denoiser's weights in fp32 and swapped when t enters
         another interval; on leaving, also by an exception, the weights are restored bit for bit. Costs a copy of the
-        adapted weights. Raises ValueError for offloaded, half-precision or quantised weights: W + BA rounded to bf16
+        adapted weights. Contexts and their gates stay beside the weights, in two small products; without a core,
+        nothing is folded. Raises ValueError for offloaded, half-precision or quantised weights: W + BA rounded to bf16
         loses about half of an expert of |BA| = 0.2 % |W|.
         """
-        bases = {name: base for name, base in self.bases.items() if name.split(".")[0] == self.backbone.denoiser}
+        core = not all(bank.gated for bank in self.routing.banks)
+        bases = {
+            name: base for name, base in self.bases.items() if core and name.split(".")[0] == self.backbone.denoiser
+        }
         for name, base in bases.items():
             if base.weight.dtype != torch.float32 or base.weight.is_meta:
                 kind = "offloaded" if base.weight.is_meta else base.weight.dtype
@@ -585,8 +804,9 @@ class Experts:
 
     @torch.compiler.disable
     @torch.no_grad()
-    def _fold(self, t: torch.Tensor, slot: int | torch.Tensor, scale: float) -> None:
-        slot = slot if isinstance(slot, int) else self.routing.slots(t)
+    def _fold(self, t: torch.Tensor, route: Route) -> None:
+        slot, scale = route.slots[0], route.scale
+        slot = slot if isinstance(slot, int) else self.routing.at(t).slots[0]  # a tensor in a compiled denoiser
         if not isinstance(slot, int):
             raise ValueError("folded experts serve one interval per denoiser call, this call mixes several")
         if self._folded == (slot, scale):
@@ -618,60 +838,93 @@ class Experts:
     def same_base(self, fingerprint: list[float]) -> bool:
         return _close(self.fingerprint(), fingerprint)
 
-    def save_expert(self, index: int, path: str | os.PathLike, **facts) -> None:
+    def save_expert(self, index: int, path: str | os.PathLike, bank: int = 0, **facts) -> None:
         """Write the expert of one interval as an ordinary LoRA file, with alpha / r baked into B: loaders that know
         nothing of alpha give the same result. The header holds every fact about it. `facts` are added to it."""
-        slot = self.routing.slot_of[index]
-        bounds = interval_bounds(self.routing.n)
+        n, rank = self.routing.banks[bank].n, self.routing.banks[bank].rank
+        slot = self.routing.banks[bank].indices.index(index)
+        bounds = interval_bounds(n)
         tensors = {}
         for name, layer in self.layers.items():
-            A, B = (factor.detach().float() for factor in layer.expert(slot))
+            A, B = (factor.detach().float() for factor in layer.expert(slot, bank))
             B = (B * layer.scaling).t()  # (d_out, r)
             key = _file_key(name)
             tensors[f"{key}.lora_A.weight"] = A.contiguous().cpu()
             tensors[f"{key}.lora_B.weight"] = (B[:, :, None, None] if A.ndim == 4 else B).contiguous().cpu()
         header = {
+            **self._header(),
+            "t_direction": "t grows with noise, interval 0 is the cleanest",
+            "num_intervals": n,
+            "interval_index": index,
+            "timesteps": [bounds[index], bounds[index + 1] - 1],
+            "rank": rank,
+            "alpha": rank if self.alpha is None else self.alpha,
+            **facts,
+        }
+        # https://github.com/Stability-AI/ModelSpec as kohya's trainers write it: drawn from [min, max)
+        _write(tensors, header, path, {"modelspec.timestep_range": f"{bounds[index]},{bounds[index + 1]}"})
+
+    def save_router(self, path: str | os.PathLike, folders: list[str], **facts) -> None:
+        """Write the routers, for a folder that holds the experts' own folders, one per bank, beside them. Keys
+        `<component>.<module>.router_W.weight` (m, d_in) and `.router_E.weight` (T, m)."""
+        banks = [
+            {"folder": folder, "gated": bank.gated, "num_intervals": bank.n, "rank": bank.rank}
+            for folder, bank in zip(folders, self.routing.banks, strict=True)
+        ]
+        header = {**self._header(), "banks": banks, "router": asdict(self.router), "experts": self.digest(), **facts}
+        tensors = {key: p.detach().float().contiguous().cpu() for key, p in self._router_entries()}
+        _write(tensors, header, path)
+
+    def read_router(self, path: Path) -> None:
+        """Copy a router file; ValueError where it was trained with other experts or does not fit this model."""
+        if read_facts(path, ROUTER_FACTS)["experts"] != self.digest():
+            raise ValueError(f"the experts beside {path} are not those that its routers were trained with")
+        with safe_open(path, "pt") as file:
+            entries = dict(self._router_entries())
+            _check_keys(path, set(file.keys()), set(entries))
+            for key, parameter in entries.items():
+                tensor = file.get_tensor(key)
+                if tensor.shape != parameter.shape:
+                    raise ValueError(
+                        f"{path}: {key} is {tuple(tensor.shape)}, this model needs {tuple(parameter.shape)}"
+                    )
+                parameter.data.copy_(tensor)
+
+    def _router_entries(self) -> list[tuple[str, nn.Parameter]]:
+        named = (
+            (name, k, getattr(layer, p)) for name, layer in self.layers.items() for k, p in (("W", "W_r"), ("E", "E"))
+        )
+        return [(f"{_file_key(name)}.router_{k}.weight", p) for name, k, p in named if p is not None]
+
+    def digest(self) -> str:
+        """SHA-256 of the experts in the first and the last layer, in fp32."""
+        layers = list(self.layers.values())
+        factors = [factor for layer in (layers[0], layers[-1]) for factor in (layer.A, layer.B)]
+        content = b"".join(factor.detach().float().cpu().numpy().tobytes() for factor in factors)
+        return hashlib.sha256(content).hexdigest()[:16]
+
+    def _header(self) -> dict:
+        """What every file of experts or routers states of their model."""
+        return {
             "format_version": FORMAT_VERSION,
             "base_model": base_name(self.pipe),
             "base_fingerprint": self.fingerprint(),
             "backbone": type(self.components[self.backbone.denoiser]).__name__,
             "T": T,
-            "t_direction": "t grows with noise, interval 0 is the cleanest",
-            "num_intervals": self.routing.n,
-            "interval_index": index,
-            "timesteps": [bounds[index], bounds[index + 1] - 1],
-            "rank": self.rank,
-            "alpha": self.alpha,
             "targets": self.targets,
             "prediction_type": self.pipe.scheduler.config.get("prediction_type"),
-            **facts,
         }
-        metadata = {
-            "format": "pt",
-            "tsm": json.dumps(header),
-            # https://github.com/Stability-AI/ModelSpec as kohya's trainers write it: drawn from [min, max)
-            "modelspec.timestep_range": f"{bounds[index]},{bounds[index + 1]}",
-        }
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        save_file(tensors, partial, metadata)
-        os.replace(partial, path)
 
-    def read_expert(self, slot: int, path: Path) -> None:
+    def read_expert(self, slot: int, path: Path, bank: int = 0) -> None:
         """Copy one expert file into a slot; ValueError where it does not hold exactly this model's layers."""
         with safe_open(path, "pt") as file:
-            keys = set(file.keys())
-            wanted = {f"{_file_key(name)}.lora_{k}.weight" for name in self.layers for k in "AB"}
-            if keys != wanted:
-                raise ValueError(
-                    f"{path} does not fit this model: {len(wanted - keys)} tensors are missing{_some(wanted - keys)}, "
-                    f"{len(keys - wanted)} are foreign{_some(keys - wanted)}"
-                )
+            _check_keys(
+                path, set(file.keys()), {f"{_file_key(name)}.lora_{k}.weight" for name in self.layers for k in "AB"}
+            )
             for name, layer in self.layers.items():
                 A, B = (file.get_tensor(f"{_file_key(name)}.lora_{k}.weight") for k in "AB")
                 B = B.flatten(1).t()
-                own_A, own_B = layer.expert(slot)
+                own_A, own_B = layer.expert(slot, bank)
                 if A.shape != own_A.shape or B.shape != own_B.shape:
                     raise ValueError(f"{path}: {name} has A {tuple(A.shape)}, this model needs {tuple(own_A.shape)}")
                 own_A.data.copy_(A)
@@ -715,6 +968,23 @@ def _file_key(name: str) -> str:
     return f"{component}.text_model.{module}" if module.startswith("encoder.layers.") else name
 
 
+def _check_keys(path: Path, keys: set[str], wanted: set[str]) -> None:
+    if keys != wanted:
+        raise ValueError(
+            f"{path} does not fit this model: {len(wanted - keys)} tensors are missing{_some(wanted - keys)}, "
+            f"{len(keys - wanted)} are foreign{_some(keys - wanted)}"
+        )
+
+
+def _write(tensors: dict, header: dict, path: str | os.PathLike, metadata: dict | None = None) -> None:
+    """A safetensors file whose header holds our facts as JSON; written under another name first."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    save_file(tensors, partial, {"format": "pt", "tsm": json.dumps(header), **(metadata or {})})
+    os.replace(partial, path)
+
+
 def _some(names: set[str]) -> str:
     return f" ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
 
@@ -724,8 +994,8 @@ def base_name(pipe) -> str:
     return str(pipe.config.get("_name_or_path") or type(pipe).__name__)
 
 
-def read_facts(path: str | os.PathLike) -> dict:
-    """The header of an expert file. ValueError if it is truncated, no safetensors file, or not one of ours."""
+def read_facts(path: str | os.PathLike, needed: tuple[str, ...] | None = None) -> dict:
+    """The header of an expert or router file. ValueError if it is truncated, no safetensors file, or not ours."""
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {}).get("tsm", "null"))
@@ -736,7 +1006,7 @@ def read_facts(path: str | os.PathLike) -> dict:
     if facts.get("format_version") != FORMAT_VERSION or facts.get("T") != T:
         version = facts.get("format_version"), facts.get("T")
         raise ValueError(f"{path} has format version and T {version}, this program reads {(FORMAT_VERSION, T)}")
-    if absent := [name for name in FACTS if name not in facts]:
+    if absent := [name for name in needed or FACTS if name not in facts]:
         raise ValueError(f"the header of {path} lacks {absent}")
     return facts
 
@@ -757,11 +1027,8 @@ def read_folder(folder: str | os.PathLike) -> list[tuple[dict, Path]]:
     files = [(read_facts(path), path) for path in paths]
     first, first_path = files[0]
     for facts, path in files[1:]:
-        differ = [name for name in FACTS[2:] if facts[name] != first[name]]
-        differ += [] if _close(facts["base_fingerprint"], first["base_fingerprint"]) else ["base_model"]
-        if differ:
-            other = {k: (first[k], facts[k]) for k in differ}
-            raise ValueError(f"{first_path.name} and {path.name} in {folder} are not of one set: {other}")
+        if differ := _differences(first, facts, ("num_intervals", "rank", *SHARED_FACTS)):
+            raise ValueError(f"{first_path.name} and {path.name} in {folder} are not of one set: {differ}")
     by_index: dict[int, Path] = {}
     for facts, path in files:
         if facts["interval_index"] in by_index:
@@ -775,6 +1042,13 @@ def read_folder(folder: str | os.PathLike) -> list[tuple[dict, Path]]:
             f"{[p.name for p in paths]}. Train them with --interval_indices {' '.join(map(str, missing))}"
         )
     return sorted(files, key=lambda file: file[0]["interval_index"])
+
+
+def _differences(a: dict, b: dict, names: tuple[str, ...]) -> dict[str, tuple]:
+    """The facts in which two headers disagree, and their base model where its weights differ."""
+    differ = [name for name in names if a[name] != b[name]]
+    differ += [] if _close(a["base_fingerprint"], b["base_fingerprint"]) else ["base_model"]
+    return {name: (a[name], b[name]) for name in differ}
 
 
 def _close(a: list[float], b: list[float]) -> bool:

@@ -132,12 +132,12 @@ def test_video_rows_follow_their_sample():
         def forward(self, sample, timestep):
             return self.to_q(sample)
 
-    routing = tsm_lora.Routing(4, [0, 1, 2, 3], 1.0)
+    routing = tsm_lora.Routing([tsm_lora.Bank(4, (0, 1, 2, 3), 2)])
     model = Video()
-    layer = tsm_lora.ExpertLayer(model.to_q, 4, 2, 2, routing)
+    layer = tsm_lora.ExpertLayer(model.to_q, routing, 1.0)
     nn.init.normal_(layer.A), nn.init.normal_(layer.B)
     x, t = torch.randn(3, 7, 4, 6), torch.tensor([10.0, 999.0, 500.0])  # B, F, L, D
-    routing.route = tsm_lora.Route(routing.slots(t), 1.0)
+    routing.route = routing.at(t)
     rows = layer(x.flatten(0, 1), F.linear).view(3, 7, 4, 5)
     for k in range(3):
         A, B = layer.expert(int(interval_index(t[k], 4)))
