@@ -50,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pretrained_model_name_or_path", default=os.path.relpath(HERE / "mini/sd15"), help="folder or hub id")
     add("--revision", help="of the hub repository")
     add("--variant", help="of the weight files, such as fp16")
-    add("--experts", help="folder of expert files; the base model alone if not given")
+    add("--experts", help="folder of fostered or assembled experts; the base model alone if not given")
     add("--scale", type=float, default=1.0, help="strength of the experts")
     add("--any_base", action="store_true", help="accept experts that were trained on another base model")
     add("--mixed_precision", choices=DTYPES, default="no", help="precision of the weights; fp32 experts are folded")
@@ -107,7 +107,8 @@ def claim_output_dir(out: Path, args: argparse.Namespace, rows: list[dict]) -> N
     settings = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
     settings["prompts"] = digest(json.dumps(rows).encode())
     if args.experts:
-        settings["expert_files"] = {p.name: digest(p.read_bytes()) for _, p in tsm_lora.read_folder(args.experts)}
+        files = sorted(Path(args.experts).rglob("*.safetensors"))
+        settings["expert_files"] = {str(p.relative_to(args.experts)): digest(p.read_bytes()) for p in files}
     if (out / "args.json").exists():
         before = json.loads((out / "args.json").read_text())
         differ = {f"--{k}": (before.get(k), v) for k, v in settings.items() if before.get(k) != v}

@@ -26,6 +26,7 @@ import os
 import platform
 import shutil
 import time
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -65,11 +66,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", default=os.path.relpath(HERE / "mini/sd15"), help="folder or hub id")
-    add("--revision", help="of the hub repository")
-    add("--variant", help="of the weight files, such as fp16")
-
     add = parser.add_argument_group("tsm").add_argument
     add("--num_intervals", type=int, default=8, help="n, experts in all; 1 is vanilla LoRA")
     add("--interval_indices", type=int, nargs="+", help="train these experts only, 0 is the cleanest")
@@ -77,6 +73,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lora_alpha", type=float, help="scale of the addition is alpha / rank; the rank if not given")
     add("--lora_layers", help="comma-separated names in the denoiser; the paper's for this backbone if not given")
     add("--train_text_encoder", action="store_true", help="experts on the text encoder too, as in the paper")
+    add_training_flags(parser)
+    args = parser.parse_args(argv)
+    args.output_dir = args.output_dir or f"output/foster-n{args.num_intervals}"
+    check_args(args)
+    tsm_lora.interval_bounds(args.num_intervals)
+    everyone = list(range(args.num_intervals))
+    args.interval_indices = sorted(set(args.interval_indices or everyone))
+    if not set(args.interval_indices) <= set(everyone):
+        raise ValueError(
+            f"--interval_indices {args.interval_indices} with --num_intervals {args.num_intervals}: they count from 0 "
+            f"(cleanest) to {args.num_intervals - 1} (noisiest)"
+        )
+    return args
+
+
+# >>> the same lines in train_foster.py and train_assemble.py
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", default=os.path.relpath(HERE / "mini/sd15"), help="folder or hub id")
+    add("--revision", help="of the hub repository")
+    add("--variant", help="of the weight files, such as fp16")
 
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", help="pictures with metadata.jsonl, .tar shards or .parquet; the mini world if not given")
@@ -98,7 +115,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("training").add_argument
     add("--seed", type=int, default=0)
-    add("--max_train_steps", type=int, default=125, help="optimiser steps per expert (paper: 4000)")
+    add("--max_train_steps", type=int, default=125, help="optimiser steps (paper: 4000), in fostering per expert")
     add("--train_batch_size", type=int, default=32, help="per process (paper: 64 in all)")
     add("--gradient_accumulation_steps", type=int, default=1)
     add("--learning_rate", type=float, default=1e-2, help="the default suits the mini model (paper: 1e-4)")
@@ -123,7 +140,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dataloader_num_workers", type=int, default=0)
 
     add = parser.add_argument_group("logging and checkpoints").add_argument
-    add("--output_dir", help="output/foster-n<num_intervals> if not given")
+    add("--output_dir", help="a folder in output/ named after the settings if not given")
     add("--logging_dir", default="logs", help="below --output_dir")
     add("--report_to", help="tensorboard, wandb, ..., all or none; tensorboard if installed and nothing is given")
     add("--validation_steps", type=int, help="also measure the interval's validation loss every so many steps")
@@ -138,21 +155,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--push_to_hub", action="store_true", help="the experts with a model card")
     add("--hub_model_id", help="the name of --output_dir if not given")
     add("--hub_token", help="the stored one if not given")
-    args = parser.parse_args(argv)
-    check_args(args)
-    return args
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Resolve the defaults that depend on others; ValueError for flags that cannot work."""
-    tsm_lora.interval_bounds(args.num_intervals)
-    everyone = list(range(args.num_intervals))
-    args.interval_indices = sorted(set(args.interval_indices or everyone))
-    if not set(args.interval_indices) <= set(everyone):
-        raise ValueError(
-            f"--interval_indices {args.interval_indices} with --num_intervals {args.num_intervals}: they count from 0 "
-            f"(cleanest) to {args.num_intervals - 1} (noisiest)"
-        )
     counts = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps")
     counts += ("max_train_samples", "checkpoints_total_limit", "validation_steps", "max_grad_norm")
     for flag in (*counts, "max_validation_samples"):
@@ -167,7 +173,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--dataset_name and --train_data_dir name two data sets: give one")
     if args.report_to is None:
         args.report_to = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
-    args.output_dir = args.output_dir or f"output/foster-n{args.num_intervals}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,36 +273,46 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator):
     return pipe
 
 
+# <<<
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files of a run
 
 
 def claim_output_dir(args: argparse.Namespace) -> None:
     """Write args.json, or check it against an earlier run's: nothing is overwritten, nothing mixed."""
-    out, path = Path(args.output_dir), Path(args.output_dir) / "args.json"
-    settings = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
-    settings |= {k: os.path.abspath(v) for k, v in settings.items() if isinstance(v, str) and os.path.isdir(v)}
-    if any(out.glob("experts-n*/*.safetensors")) or any(out.glob("checkpoints/*/*/state.pt")):
-        before = json.loads(path.read_text())["args"] if path.exists() else {}
-        differ = {f"--{k}": (before.get(k), v) for k, v in settings.items() if before.get(k) != v}
-        if differ:
-            raise ValueError(f"{out} holds another run, with (its, your) {differ}; choose another --output_dir")
-        taken = [i for i in args.interval_indices if expert_path(args, i).exists() or checkpoints(args, i)]
-        if taken and not args.resume_from_checkpoint:
-            raise ValueError(
-                f"{out} holds intervals {taken} of this run already; add --resume_from_checkpoint latest to go on, or "
-                "choose another --output_dir"
-            )
-        named = [named_checkpoint(args, i) for i in args.interval_indices]
-        if args.resume_from_checkpoint not in (None, "latest") and not any(named):
-            known = [str(p) for i in args.interval_indices for p in checkpoints(args, i)]
-            raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint}: this run has {known}")
+    out = Path(args.output_dir)
+    if not any(out.glob("experts-n*/*.safetensors")) and not any(out.glob("checkpoints/*/*/state.pt")):
+        write_args(args)
         return
-    versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers)}
-    versions["python"] = platform.python_version()
-    write_json(path, {"args": settings, "versions": versions})
+    check_same_run(args)
+    folders = {i: checkpoint_dir(args, i) for i in args.interval_indices}
+    taken = [i for i in folders if expert_path(args, i).exists() or checkpoints(folders[i])]
+    if taken and not args.resume_from_checkpoint:
+        raise ValueError(
+            f"{out} holds intervals {taken} of this run already; add --resume_from_checkpoint latest to go on, or "
+            "choose another --output_dir"
+        )
+    named = [named_checkpoint(args, folder) for folder in folders.values()]
+    if args.resume_from_checkpoint not in (None, "latest") and not any(named):
+        known = [str(p) for folder in folders.values() for p in checkpoints(folder)]
+        raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint}: this run has {known}")
 
 
+def expert_path(args: argparse.Namespace, interval: int) -> Path:
+    return Path(args.output_dir) / f"experts-n{args.num_intervals}" / f"interval-{interval:03d}.safetensors"
+
+
+def checkpoint_dir(args: argparse.Namespace, interval: int) -> Path:
+    return Path(args.output_dir) / "checkpoints" / f"interval-{interval:03d}"
+
+
+def save_expert(experts, path: Path, args: argparse.Namespace, interval: int, step: int) -> None:
+    experts.save_expert(interval, path, steps=step, seed=args.seed, base_revision=args.revision)
+
+
+# >>> the same lines in train_foster.py and train_assemble.py
 def write_json(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -305,51 +320,64 @@ def write_json(path: Path, content: dict) -> None:
     os.replace(partial, path)
 
 
-def expert_path(args: argparse.Namespace, interval: int) -> Path:
-    return Path(args.output_dir) / f"experts-n{args.num_intervals}" / f"interval-{interval:03d}.safetensors"
+def run_settings(args: argparse.Namespace) -> dict:
+    settings = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
+    return settings | {k: os.path.abspath(v) for k, v in settings.items() if isinstance(v, str) and os.path.isdir(v)}
 
 
-def checkpoints(args: argparse.Namespace, interval: int) -> list[Path]:
-    """Complete checkpoints of an expert, oldest first."""
-    folder = Path(args.output_dir) / "checkpoints" / f"interval-{interval:03d}"
+def write_args(args: argparse.Namespace) -> None:
+    versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers)}
+    versions["python"] = platform.python_version()
+    write_json(Path(args.output_dir) / "args.json", {"args": run_settings(args), "versions": versions})
+
+
+def check_same_run(args: argparse.Namespace) -> None:
+    """ValueError where --output_dir was begun with other settings."""
+    path, settings = Path(args.output_dir) / "args.json", run_settings(args)
+    before = json.loads(path.read_text())["args"] if path.exists() else {}
+    differ = {f"--{k}": (before.get(k), v) for k, v in settings.items() if before.get(k) != v}
+    if differ:
+        raise ValueError(
+            f"{args.output_dir} holds another run, with (its, your) {differ}; choose another --output_dir"
+        )
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
     found = [p.parent for p in folder.glob("checkpoint-*/state.pt") if p.parent.name.split("-")[1].isdigit()]
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
-def save_expert(experts, path: Path, args: argparse.Namespace, interval: int, step: int) -> None:
-    experts.save_expert(interval, path, steps=step, seed=args.seed, base_revision=args.revision)
-
-
-def save_checkpoint(experts, optimizer, lr_scheduler, scaler, positions, args, interval: int, step: int) -> None:
-    """Trainable state only, written under another name first; then the oldest beyond the limit go."""
-    path = Path(args.output_dir) / "checkpoints" / f"interval-{interval:03d}" / f"checkpoint-{step}"
+@contextmanager
+def new_checkpoint(folder: Path, state: dict, limit: int | None):
+    """Trainable state only, and what the caller writes into the folder that it is given; complete under its own name
+    at the end, then the oldest beyond the limit go."""
+    path = folder / f"checkpoint-{state['step']}"
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    save_expert(experts, partial / f"interval-{interval:03d}.safetensors", args, interval, step)  # can be sampled
-    state = {"step": step, "experts": experts.state_dict(), "optimizer": optimizer.state_dict()}
-    state["positions"] = positions  # of streamed data, one per process
-    state |= {"lr_scheduler": lr_scheduler.state_dict(), "scaler": scaler.state_dict() if scaler else {}}
+    partial.mkdir(parents=True)
+    yield partial
     torch.save(state, partial / "state.pt")
     if path.exists():
         (path / "state.pt").unlink(missing_ok=True)  # from here on it does not count as a checkpoint
         shutil.rmtree(path)
     os.replace(partial, path)
-    for old in checkpoints(args, interval)[: -args.checkpoints_total_limit] if args.checkpoints_total_limit else []:
+    for old in checkpoints(folder)[:-limit] if limit else []:
         shutil.rmtree(old)
 
 
-def checkpoint_to_resume(args: argparse.Namespace, interval: int) -> Path | None:
-    """`latest` or what --resume_from_checkpoint names: a path, or as in diffusers a name such as checkpoint-500. An
-    expert that has no checkpoint of that name goes on from its latest."""
-    own = checkpoints(args, interval)
+def checkpoint_to_resume(args: argparse.Namespace, folder: Path) -> Path | None:
+    """`latest` or what --resume_from_checkpoint names: a path, or as in diffusers a name such as checkpoint-500. What
+    has no checkpoint of that name goes on from its latest."""
+    own = checkpoints(folder)
     if args.resume_from_checkpoint is None or not own:
         return None
-    return own[-1] if (named := named_checkpoint(args, interval)) is None else named
+    return own[-1] if (named := named_checkpoint(args, folder)) is None else named
 
 
-def named_checkpoint(args: argparse.Namespace, interval: int) -> Path | None:
+def named_checkpoint(args: argparse.Namespace, folder: Path) -> Path | None:
     name = Path(str(args.resume_from_checkpoint))
-    fitting = (p for p in checkpoints(args, interval) if p in (name, args.output_dir / name) or p.name == str(name))
+    fitting = (p for p in checkpoints(folder) if p in (name, args.output_dir / name) or p.name == str(name))
     return next(fitting, None)
 
 
@@ -361,7 +389,10 @@ def make_optimizer(experts: tsm_lora.Experts, args: argparse.Namespace) -> torch
     denoiser = experts.parameters(experts.backbone.denoiser)
     encoders = experts.parameters()[len(denoiser) :]
     text_encoder_lr = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
-    groups = [{"params": denoiser, "lr": args.learning_rate}, {"params": encoders, "lr": text_encoder_lr}]
+    groups = [
+        {"params": [p for p in parameters if p.requires_grad], "lr": lr}
+        for parameters, lr in ((denoiser, args.learning_rate), (encoders, text_encoder_lr))
+    ]
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as AdamW  # slow to import
     else:
@@ -372,6 +403,24 @@ def make_optimizer(experts: tsm_lora.Experts, args: argparse.Namespace) -> torch
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
     )
+
+
+def training_state(experts, optimizer, lr_scheduler, scaler, step: int, positions: list) -> dict:
+    """`positions` are those of streamed data, one per process."""
+    state = {"step": step, "positions": positions}
+    state |= {"experts": experts.state_dict(), "optimizer": optimizer.state_dict()}
+    return state | {"lr_scheduler": lr_scheduler.state_dict(), "scaler": scaler.state_dict() if scaler else {}}
+
+
+def load_training_state(state: dict, experts, optimizer, lr_scheduler, scaler) -> None:
+    experts.load_state_dict(state["experts"])
+    optimizer.load_state_dict(state["optimizer"])
+    lr_scheduler.load_state_dict(state["lr_scheduler"])
+    if scaler is not None:
+        scaler.load_state_dict(state["scaler"] or torch.amp.GradScaler().state_dict())
+
+
+# <<<
 
 
 def foster(pipe, train, validation, moments, args: argparse.Namespace, interval: int, accelerator) -> None:
@@ -393,18 +442,15 @@ def foster(pipe, train, validation, moments, args: argparse.Namespace, interval:
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
     model, optimizer = accelerator.prepare(Trainee(experts), optimizer)
-    step, position, scaler_state = 0, None, None
-    if (checkpoint := checkpoint_to_resume(args, interval)) is not None:
-        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-        experts.load_state_dict(state["experts"])
-        optimizer.load_state_dict(state["optimizer"])
-        lr_scheduler.load_state_dict(state["lr_scheduler"])
-        step, scaler_state = state["step"], state["scaler"]
-        if state["positions"]:
-            position = state["positions"][accelerator.process_index]
-        accelerator.print(f"expert {interval} goes on from {checkpoint}")
+    step, position = 0, None
     if accelerator.scaler is not None:  # each expert starts with a fresh one
-        accelerator.scaler.load_state_dict(scaler_state or torch.amp.GradScaler().state_dict())
+        accelerator.scaler.load_state_dict(torch.amp.GradScaler().state_dict())
+    if (checkpoint := checkpoint_to_resume(args, checkpoint_dir(args, interval))) is not None:
+        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        load_training_state(state, experts, optimizer, lr_scheduler, accelerator.scaler)
+        step = state["step"]
+        position = state["positions"][accelerator.process_index] if args.streaming else None
+        accelerator.print(f"expert {interval} goes on from {checkpoint}")
 
     low, high = tsm_lora.interval_bounds(args.num_intervals)[interval : interval + 2]
     scheduler = experts.backbone.noise_scheduler(pipe)
@@ -444,7 +490,9 @@ def foster(pipe, train, validation, moments, args: argparse.Namespace, interval:
         if step % args.checkpointing_steps == 0:
             positions = gather_object([position]) if args.streaming else []
             if accelerator.is_main_process:
-                save_checkpoint(experts, optimizer, lr_scheduler, accelerator.scaler, positions, args, interval, step)
+                state = training_state(experts, optimizer, lr_scheduler, accelerator.scaler, step, positions)
+                with new_checkpoint(checkpoint_dir(args, interval), state, args.checkpoints_total_limit) as folder:
+                    save_expert(experts, folder / expert_path(args, interval).name, args, interval, step)
         if args.validation_steps and step % args.validation_steps == 0 and len(validation):
             loss = validation_losses(model, experts, scheduler, validation, args, interval, accelerator).mean().item()
             accelerator.log({f"validation/interval-{interval:03d}": loss}, step=earlier + step)
@@ -495,21 +543,10 @@ def report(pipe, validation: Dataset, origin: str, args: argparse.Namespace) -> 
     if not all(expert_path(args, i).exists() for i in range(args.num_intervals)):
         return
     prompts = args.validation_prompts or [row[args.caption_column] for row in islice(validation, 8)]
-    call = dict(num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale)
-    call |= dict(height=args.resolution, width=args.resolution)
-
-    def draw():
-        generators = [torch.Generator().manual_seed(k) for k in range(len(prompts))]
-        return pipe(prompts, generator=generators, **call).images
-
-    # the stock pipelines decode in the denoiser's precision
-    pipe.vae.to(getattr(pipe, tsm_lora.backbone_of(pipe).denoiser).dtype)
-    images = draw()
+    images = draw(pipe, prompts, args)
     with_experts = tsm_lora.load_experts(pipe, expert_path(args, 0).parent)
-    images += draw()
+    images += draw(pipe, prompts, args)
     with_experts.unload()
-    side = max(128, args.resolution)
-    images = [image.resize((side, side), Image.Resampling.NEAREST) for image in images]
     make_image_grid(images, rows=2, cols=len(prompts)).save(out / "samples.png")
     print(f"\n{out / 'samples.png'}, base above experts:")
     for k, prompt in enumerate(prompts):
@@ -552,14 +589,31 @@ Validation loss on {origin}:
     )
 
 
-def push_to_hub(args: argparse.Namespace) -> None:
+# >>> the same lines in train_foster.py and train_assemble.py
+def draw(pipe, prompts: list[str], args: argparse.Namespace) -> list[Image.Image]:
+    """A picture per prompt, each from its own noise, at least 128 pixels wide."""
+    # the stock pipelines decode in the denoiser's precision
+    pipe.vae.to(getattr(pipe, tsm_lora.backbone_of(pipe).denoiser).dtype)
+    images = pipe(
+        prompts,
+        generator=[torch.Generator().manual_seed(k) for k in range(len(prompts))],
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        height=args.resolution,
+        width=args.resolution,
+    ).images
+    side = max(128, args.resolution)
+    return [image.resize((side, side), Image.Resampling.NEAREST) for image in images]
+
+
+def push_to_hub(folder: Path, args: argparse.Namespace) -> None:
     api = HfApi(token=args.hub_token)
     repo_id = api.create_repo(args.hub_model_id or Path(args.output_dir).name, exist_ok=True).repo_id
-    api.upload_folder(repo_id=repo_id, folder_path=expert_path(args, 0).parent, commit_message="timestep LoRA experts")
+    api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="timestep LoRA experts")
     print(f"pushed to {repo_id}")
 
 
-def main(args: argparse.Namespace) -> None:
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
     accelerator = Accelerator(
         cpu=on_cpu(),
         mixed_precision=args.mixed_precision,
@@ -575,6 +629,14 @@ def main(args: argparse.Namespace) -> None:
     diffusers.utils.logging.set_verbosity_error()  # pipelines speak of each truncated caption
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+# <<<
+
+
+def main(args: argparse.Namespace) -> None:
+    accelerator = make_accelerator(args)
     with accelerator.main_process_first():
         train, validation, origin = data.split_rows(args)
     pipe = load_pipeline(args, accelerator)
@@ -590,14 +652,14 @@ def main(args: argparse.Namespace) -> None:
     if args.cache_latents:
         moments = data.cache_latents(pipe, train, args, accelerator, Path(args.output_dir) / "latents.bin")
     for interval in args.interval_indices:
-        if expert_path(args, interval).exists() and named_checkpoint(args, interval) is None:
+        if expert_path(args, interval).exists() and named_checkpoint(args, checkpoint_dir(args, interval)) is None:
             accelerator.print(f"expert {interval} is finished, skipping it")
             continue
         foster(pipe, train, validation, moments, args, interval, accelerator)
     if accelerator.is_main_process:
         report(pipe, validation, origin, args)
         if args.push_to_hub:
-            push_to_hub(args)
+            push_to_hub(expert_path(args, 0).parent, args)
     accelerator.end_training()
 
 

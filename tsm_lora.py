@@ -899,7 +899,7 @@ class Experts:
     def digest(self) -> str:
         """SHA-256 of the experts in the first and the last layer, in fp32."""
         layers = list(self.layers.values())
-        factors = [factor for layer in (layers[0], layers[-1]) for factor in (layer.A, layer.B)]
+        factors = [factor for layer in (layers[0], layers[-1]) for factor in (layer.A, layer.B * layer.scaling)]
         content = b"".join(factor.detach().float().cpu().numpy().tobytes() for factor in factors)
         return hashlib.sha256(content).hexdigest()[:16]
 
@@ -1016,6 +1016,8 @@ def read_folder(folder: str | os.PathLike) -> list[tuple[dict, Path]]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; give one that train_foster.py wrote, such as .../experts-n8")
+    if (folder / ROUTER_FILE).exists():
+        raise ValueError(f"{folder} is an assembled folder; here belongs one of fostered experts, such as those in it")
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise ValueError(f"{folder} holds {pickles}: pickled weights are never read, only .safetensors files")

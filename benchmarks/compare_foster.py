@@ -9,8 +9,9 @@ Each is trained by train_foster.py's own functions with a constant learning rate
 results of all shorter ones:
     equal total steps            --total_steps / n steps per expert (and a quarter and a half of it, the curve)
     equal steps per expert       --total_steps / 16 steps per expert, whatever n
-Each run's learning rate is the one of --learning_rates with the lowest validation loss after all steps, with the first
-seed; the other seeds use it. Validation loss: fixed pictures, t and noise, the mean over 8 intervals of equal width.
+Each run's learning rate is the one with the lowest validation loss after all steps, with the first seed; the other
+seeds use it. The grid starts as --learning_rates and is widened in steps of 2.5 until the best lies inside it.
+Validation loss: fixed pictures, t and noise, the mean over 8 intervals of equal width.
 Scores: pictures for prompts that nothing was chosen on, by the mini world's detectors or the classifier of digits.
 Differences are paired with n1-r4 of the same seed and budget. Writes JSON and, beside it, a picture of the curves.
 Finished trainings and measurements are kept in --work_dir and not repeated.
@@ -37,7 +38,7 @@ import tsm_lora
 from mini import digits, world
 
 HERE = Path(__file__).resolve().parents[1]
-RUNS = ["n1-r4", "n2-r4", "n4-r4", "n8-r4", "n16-r4", "n1-r32", "n1-r1", "n8-r1", "n1-r8", "full"]
+RUNS = ["n1-r4", "n2-r4", "n4-r4", "n8-r4", "n16-r4", "n1-r32", "n8-r1", "n1-r8", "full"]
 INTERVALS, MOST_INTERVALS = 8, 16
 REFERENCE = "n1-r4"
 SAMPLING = {"num_inference_steps": 20, "guidance_scale": 3.0}
@@ -261,12 +262,17 @@ def main(args: argparse.Namespace) -> None:
     of_base = base(args, accelerator)
     records, tried = {}, {}
     for run in args.runs:
-        rates = [rate / 10 if run == "full" else rate for rate in args.learning_rates]
         last = str(args.total_steps // (1 if run == "full" else int(run[1:].split("-r")[0])))
-        first = {rate: measure(run, rate, args.seeds[0], args, accelerator, False) for rate in rates}
-        tried[run] = {f"{rate:g}": torch.tensor(record[last]["loss"]).mean().item() for rate, record in first.items()}
-        losses = {rate: tried[run][f"{rate:g}"] for rate in rates}
-        best = min(rates, key=lambda rate: losses[rate] if losses[rate] == losses[rate] else float("inf"))
+        losses: dict[float, float] = {}
+        rates = [rate / 10 if run == "full" else rate for rate in args.learning_rates]
+        while rates:
+            for rate in rates:
+                record = measure(run, rate, args.seeds[0], args, accelerator, False)
+                losses[rate] = torch.tensor(record[last]["loss"]).mean().nan_to_num(torch.inf).item()
+            best = min(losses, key=losses.get)
+            rates = [round(best * 2.5, 6)] if best == max(losses) else []  # widen the grid until it brackets the best
+            rates = [round(best / 2.5, 6)] if best == min(losses) else rates
+        tried[run] = {f"{rate:g}": loss for rate, loss in sorted(losses.items())}
         records[run] = [measure(run, best, seed, args, accelerator, True) for seed in args.seeds]
         print(run, tried[run], "->", best, flush=True)
     lists = tables(records, of_base, args)

@@ -1,12 +1,15 @@
 """Random pipelines of the stock classes, small enough to build in a blink; no network."""
 
+import json
 import os
+import random
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two busy processes with spinning threads are ten times slower
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
+from PIL import Image  # noqa: E402
 from tokenizers import pre_tokenizers  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
@@ -81,3 +84,27 @@ def tiny_sd(seed: int = 0, prediction_type: str = "epsilon") -> StableDiffusionP
 @pytest.fixture
 def pipe():
     return tiny_sd()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A saved random pipeline and an image folder of 22 pictures of several sizes."""
+    root = tmp_path_factory.mktemp("world")
+    tiny_sd().save_pretrained(root / "model")
+    (root / "images").mkdir()
+    numbers, lines = random.Random(0), []
+    for k in range(22):
+        size = numbers.randrange(18, 30), numbers.randrange(18, 30)
+        pixels = bytes(numbers.randrange(256) for _ in range(3 * size[0] * size[1]))
+        Image.frombytes("RGB", size, pixels).save(root / "images" / f"{k:02d}.png")
+        lines.append(json.dumps({"file_name": f"{k:02d}.png", "text": f"thing {k}"}))
+    (root / "images" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def environment(**more):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", **more}
+
+
+def assert_identical(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

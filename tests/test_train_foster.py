@@ -1,7 +1,6 @@
 """train_foster.py on a random pipeline and a dozen pictures: resume, processes, wrong input."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -14,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import tiny_sd
+from conftest import assert_identical, environment, tiny_sd
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -24,22 +23,6 @@ import train_foster
 import tsm_lora
 
 ROOT = Path(train_foster.__file__).parent
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """A saved random pipeline and an image folder of 22 pictures of several sizes."""
-    root = tmp_path_factory.mktemp("world")
-    tiny_sd().save_pretrained(root / "model")
-    (root / "images").mkdir()
-    numbers, lines = random.Random(0), []
-    for k in range(22):
-        size = numbers.randrange(18, 30), numbers.randrange(18, 30)
-        pixels = bytes(numbers.randrange(256) for _ in range(3 * size[0] * size[1]))
-        Image.frombytes("RGB", size, pixels).save(root / "images" / f"{k:02d}.png")
-        lines.append(json.dumps({"file_name": f"{k:02d}.png", "text": f"thing {k}"}))
-    (root / "images" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    return root
 
 
 def command(world, out, *flags):
@@ -59,10 +42,6 @@ def run(world, out, *flags):
     return out / "experts-n4"
 
 
-def environment(**more):
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", **more}
-
-
 @pytest.fixture(scope="session")
 def full_run(world, tmp_path_factory):
     return run(world, tmp_path_factory.mktemp("full"))
@@ -70,10 +49,6 @@ def full_run(world, tmp_path_factory):
 
 def tensors(folder, i):
     return load_file(folder / f"interval-{i:03d}.safetensors")
-
-
-def assert_identical(a, b):
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_full_run(world, full_run):

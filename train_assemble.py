@@ -1,0 +1,766 @@
+"""Assemble timestep LoRA experts: stage 2 of TimeStep Master (arXiv:2503.07416, Sec. 3.2, Eq. 5-7).
+
+The core's expert of each timestep, plus the contexts' experts of the same timestep times gates
+g(x, t) = W_r x + E[t]. Experts and base are frozen, only the routers train, on t drawn uniformly from all of T.
+
+    # after `train_foster.py --num_intervals 8` and `train_foster.py --num_intervals 1`, all by default
+    accelerate launch train_assemble.py
+    # the paper's stage 2 on 8 GPUs: core 8, context 1, global batch 64, 4,000 steps
+    accelerate launch --multi_gpu --num_processes 8 train_assemble.py --core_experts output/sd15/experts-n8 \
+        --context_experts output/sd15-n1/experts-n1 --mixed_precision bf16 --train_data_dir my_images \
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --resolution 512 \
+        --train_batch_size 8 --max_train_steps 4000 --learning_rate 1e-4
+
+t grows with noise: interval 0 is the cleanest. Writes into --output_dir (default output/assemble)
+    assembled/                            experts and router.safetensors, for sample.py and load_experts
+    checkpoints/checkpoint-N              to go on from with --resume_from_checkpoint latest
+    validation.json, loss.png             loss per interval: base, each set of experts alone, assembled
+    gates.png                             mean gate of each layer at each timestep
+    samples.png                           the same prompts and noise: base, core (or finest set), assembled
+    args.json, logs/                      every setting with versions; the tracker's files
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shutil
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import compute_snr
+from diffusers.utils import make_image_grid
+from huggingface_hub import HfApi
+from matplotlib.figure import Figure
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from tqdm.auto import tqdm
+
+import data
+import tsm_lora
+
+HERE = Path(__file__).resolve().parent
+VALIDATION_BATCH = 32
+LOGGING_STEPS = 10  # reading the loss synchronises the device
+# Flags that do not change what is trained: a run may be continued with other values of these.
+FREE_FLAGS = {
+    *("resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "output_dir"),
+    *("report_to", "logging_dir", "dataloader_num_workers", "validation_prompts", "num_inference_steps"),
+    *("validation_steps", "guidance_scale", "train_batch_size", "gradient_accumulation_steps"),  # global_batch counts
+    *("push_to_hub", "hub_model_id", "hub_token"),  # and a token is written nowhere
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument_group("tsm").add_argument
+    add("--core_experts", default="output/foster-n8/experts-n8", help="folder of fostered experts; not gated")
+    add("--context_experts", nargs="+", default=["output/foster-n1/experts-n1"], help="one or more folders, gated")
+    add("--symmetric", action="store_true", help="gate the core's scale too; the finest one starts at gate 1")
+    add("--router_inputs", default="both", choices=["both", "feature", "timestep"], help="of the gates (Table 7)")
+    add("--moe_experts", type=int, help="instead: MoE LoRA of so many fresh experts that serve all t (appendix C.2)")
+    add("--top_k", type=int, default=2, help="of MoE LoRA")
+    add("--balance_loss_weight", type=float, default=0.01, help="of MoE LoRA")
+    add("--rank", type=int, default=4, help="of MoE LoRA; elsewhere the experts' own, as the three that follow")
+    add("--lora_alpha", type=float, help="scale of the addition is alpha / rank; the rank if not given")
+    add("--lora_layers", help="comma-separated names in the denoiser; the paper's for this backbone if not given")
+    add("--train_text_encoder", action="store_true", help="experts on the text encoder too, as in the paper")
+    add_training_flags(parser)
+    parser.set_defaults(max_train_steps=1000, learning_rate=1e-3)  # suit the mini model
+    args = parser.parse_args(argv)
+    args.output_dir = args.output_dir or "output/assemble"
+    check_args(args)
+    if args.moe_experts is not None:
+        if not 1 <= args.top_k <= args.moe_experts:
+            raise ValueError(f"--top_k must lie in 1..{args.moe_experts}, the number of --moe_experts")
+        args.num_intervals = 8  # of the table of validation losses
+        return args
+    for folder in (args.core_experts, *args.context_experts):
+        if not Path(folder).is_dir():
+            raise ValueError(
+                f"there is no folder {folder}. Train the experts first, as in `accelerate launch train_foster.py "
+                "--num_intervals 8` (the core) and `... --num_intervals 1` (a context), then name their folders by "
+                "--core_experts and --context_experts"
+            )
+    args.num_intervals = max(tsm_lora.read_folder(f)[0][0]["num_intervals"] for _, f, _ in banks(args))
+    return args
+
+
+# >>> the same lines in train_foster.py and train_assemble.py
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", default=os.path.relpath(HERE / "mini/sd15"), help="folder or hub id")
+    add("--revision", help="of the hub repository")
+    add("--variant", help="of the weight files, such as fp16")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--train_data_dir", help="pictures with metadata.jsonl, .tar shards or .parquet; the mini world if not given")
+    add("--dataset_name", help="hub id of a data set, instead of --train_data_dir")
+    add("--dataset_config_name", help="of the hub data set")
+    add("--validation_data_dir", help="the same kinds, for the loss per interval; a held-out part if not given")
+    add("--streaming", action="store_true", help="read shards in turn, for data that fits neither memory nor disk")
+    add("--corrupt_records", default="stop", choices=["stop", "skip"], help="of streamed data")
+    add("--image_column", default="image")
+    add("--caption_column", default="text")
+    add("--reward_column", help="weight of each sample's loss, as in GORS")
+    add("--max_train_samples", type=int, help="use the first so many pictures")
+    add("--max_validation_samples", type=int, default=256)
+    add("--resolution", type=int, help="pixels; the model's native one if not given")
+    add("--center_crop", action="store_true", help="else a random crop")
+    add("--random_flip", action="store_true", help="spoils captions that say left or right")
+    add("--image_interpolation_mode", default="lanczos", choices=[m.value for m in InterpolationMode])
+    add("--proportion_empty_prompts", type=float, default=0.0, help="captions dropped (paper: not specified)")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--seed", type=int, default=0)
+    add("--max_train_steps", type=int, default=125, help="optimiser steps (paper: 4000), in fostering per expert")
+    add("--train_batch_size", type=int, default=32, help="per process (paper: 64 in all)")
+    add("--gradient_accumulation_steps", type=int, default=1)
+    add("--learning_rate", type=float, default=1e-2, help="the default suits the mini model (paper: 1e-4)")
+    add("--text_encoder_lr", type=float, help="--learning_rate if not given")
+    add("--lr_scheduler", default="constant", help="a name that diffusers.optimization.get_scheduler knows")
+    add("--lr_warmup_steps", type=int, default=0)
+    add("--adam_beta1", type=float, default=0.9)
+    add("--adam_beta2", type=float, default=0.999)
+    add("--adam_weight_decay", type=float, default=1e-2)
+    add("--adam_epsilon", type=float, default=1e-8)
+    add("--max_grad_norm", type=float, default=1.0)
+    add("--snr_gamma", type=float, help="min-SNR weighting of the loss; 5.0 is usual, none if not given")
+
+    add = parser.add_argument_group("memory and speed").add_argument
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="accelerate's setting if not given")
+    add("--gradient_checkpointing", action="store_true")
+    add("--cache_latents", action="store_true", help="encode each picture once, into a file mapped into memory")
+    add("--load_in_4bit", action="store_true", help="the frozen base's Linear weights as nf4; needs bitsandbytes")
+    add("--compile", action="store_true", help="torch.compile of the denoiser's repeated blocks")
+    add("--use_8bit_adam", action="store_true", help="needs bitsandbytes; tensors below 4096 elements stay fp32")
+    add("--allow_tf32", action="store_true")
+    add("--dataloader_num_workers", type=int, default=0)
+
+    add = parser.add_argument_group("logging and checkpoints").add_argument
+    add("--output_dir", help="a folder in output/ named after the settings if not given")
+    add("--logging_dir", default="logs", help="below --output_dir")
+    add("--report_to", help="tensorboard, wandb, ..., all or none; tensorboard if installed and nothing is given")
+    add("--validation_steps", type=int, help="also measure the interval's validation loss every so many steps")
+    add("--validation_prompts", nargs="+", help="of samples.png; captions of the validation part if not given")
+    add("--num_inference_steps", type=int, default=25, help="of samples.png")
+    add("--guidance_scale", type=float, default=4.0, help="of samples.png")
+    add("--checkpointing_steps", type=int, default=500)
+    add("--checkpoints_total_limit", type=int, help="kept per expert")
+    add("--resume_from_checkpoint", help="latest, or the path of a checkpoint; finished experts are skipped")
+
+    add = parser.add_argument_group("hub").add_argument
+    add("--push_to_hub", action="store_true", help="the experts with a model card")
+    add("--hub_model_id", help="the name of --output_dir if not given")
+    add("--hub_token", help="the stored one if not given")
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Resolve the defaults that depend on others; ValueError for flags that cannot work."""
+    counts = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps")
+    counts += ("max_train_samples", "checkpoints_total_limit", "validation_steps", "max_grad_norm")
+    for flag in (*counts, "max_validation_samples"):
+        least = {"max_validation_samples": 2, "max_grad_norm": 1e-12}.get(flag, 1)
+        if getattr(args, flag) is not None and getattr(args, flag) < least:
+            raise ValueError(f"--{flag} must be at least {least}, got {getattr(args, flag)}")
+    if not 0 <= args.proportion_empty_prompts <= 1:
+        raise ValueError(f"--proportion_empty_prompts must lie in 0..1, got {args.proportion_empty_prompts}")
+    if args.streaming and args.cache_latents:
+        raise ValueError("--cache_latents needs the whole data set at hand, which --streaming never has: drop one")
+    if args.dataset_name and args.train_data_dir:
+        raise ValueError("--dataset_name and --train_data_dir name two data sets: give one")
+    if args.report_to is None:
+        args.report_to = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model and loss
+
+
+class Trainee(torch.nn.Module):
+    """Denoiser and text encoders under one forward, for autocast and for one exchange of gradients."""
+
+    def __init__(self, experts: tsm_lora.Experts):
+        super().__init__()
+        self.components, self.experts = torch.nn.ModuleDict(experts.components), experts
+
+    def forward(self, xt: torch.Tensor, t: torch.Tensor, captions: list[str]) -> torch.Tensor:
+        return self.experts.predict(xt, t, captions)
+
+
+def sample_losses(model, experts, scheduler, batch: dict, low: int, high: int, snr_gamma: float | None = None):
+    """Diffusion loss of each sample, Eq. 1 with t drawn uniformly from the interval [low, high) (Eq. 4): (B,)."""
+    backbone, vae = experts.backbone, experts.pipe.vae
+    batch = {k: v.to(vae.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    x0 = data.latents(vae, batch)  # (B, c, h, w)
+    t = backbone.draw_t(batch["u"], low, high)  # (B,)
+    xt, target = backbone.diffuse(scheduler, x0, batch["noise"], t)
+    pred = model(xt, t, batch["caption"])
+    loss = F.mse_loss(pred.float(), target.float(), reduction="none").flatten(1).mean(1)  # (B,)
+    if snr_gamma is not None:
+        loss = loss * snr_weights(scheduler, t, snr_gamma)
+    return loss * batch["weight"]
+
+
+def snr_weights(scheduler, t: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Min-SNR-gamma weights (https://arxiv.org/abs/2303.09556, Sec. 3.4), (B,): min(SNR, gamma) over what the
+    prediction's own loss is in terms of x0. Within one interval they vary little."""
+    snr = compute_snr(scheduler, t).clamp(min=1e-8)  # 0 at zero terminal SNR
+    over = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
+    return snr.clamp(max=gamma) / over[scheduler.config.prediction_type]
+
+
+@torch.no_grad()
+def validation_losses(model, experts, scheduler, rows: Dataset, args, interval: int, accelerator) -> torch.Tensor:
+    """Loss of each validation picture at one fixed t and noise of the interval, whatever the run's seed: (N,)."""
+    low, high = tsm_lora.interval_bounds(args.num_intervals)[interval : interval + 2]
+    model = accelerator.unwrap_model(model)  # processes may have unequal numbers of batches
+    mine = list(range(accelerator.process_index, len(rows), accelerator.num_processes))
+    starts = range(0, len(mine), VALIDATION_BATCH)
+    keys = [[(k, "validation", interval, k) for k in mine[start : start + VALIDATION_BATCH]] for start in starts]
+    losses = torch.zeros(len(rows), device=accelerator.device)
+    dataset = data.Pictures(rows, args, data.latent_shape(experts.pipe, args.resolution), augment=False)
+    for chunk, batch in zip(keys, data.loader(dataset, keys, args)):
+        losses[[k for k, *_ in chunk]] = sample_losses(model, experts, scheduler, batch, low, high)
+    return accelerator.reduce(losses, "sum").cpu()
+
+
+def on_cpu() -> bool:
+    """Several CPU processes find each other only if Accelerator is told that it runs on the CPU."""
+    return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+
+
+def quantize(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Replace every Linear by one with nf4 weights that computes in `dtype`."""
+    import bitsandbytes  # slow to import
+
+    for name, linear in [(n, m) for n, m in model.named_modules() if type(m) is torch.nn.Linear]:
+        shape = linear.in_features, linear.out_features, linear.bias is not None
+        quantized = bitsandbytes.nn.Linear4bit(*shape, compute_dtype=dtype, quant_type="nf4")
+        quantized.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+        quantized.bias = linear.bias
+        model.set_submodule(name, quantized.to(linear.weight.device))
+
+
+def load_pipeline(args: argparse.Namespace, accelerator: Accelerator):
+    """The base model, frozen, in the training precision (the VAE in fp32), and the resolution it works at."""
+    name = args.pretrained_model_name_or_path
+    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
+        raise ValueError(
+            f"--pretrained_model_name_or_path {name}: neither a folder nor a hub id of the form owner/name"
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(
+        name, revision=args.revision, variant=args.variant, dtype={"default": dtype, "vae": torch.float32}
+    ).to(accelerator.device)
+    pipe.set_progress_bar_config(disable=True)
+    backbone = tsm_lora.backbone_of(pipe)
+    args.resolution = args.resolution or getattr(pipe, backbone.denoiser).config.sample_size * pipe.vae_scale_factor
+    if args.resolution % pipe.vae_scale_factor:
+        raise ValueError(f"--resolution {args.resolution} is no multiple of the VAE's {pipe.vae_scale_factor} pixels")
+    pipe.vae.requires_grad_(False)
+    if args.load_in_4bit:
+        for component in (backbone.denoiser, *backbone.text_encoders):
+            quantize(getattr(pipe, component), dtype)
+    if args.compile:
+        getattr(pipe, backbone.denoiser).compile_repeated_blocks()
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None  # it blackens pictures of validation
+    return pipe
+
+
+# <<<
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of a run
+
+
+def banks(args: argparse.Namespace) -> list[tuple[str, Path, bool]]:
+    """Name, folder and gatedness of each set of experts, the core first."""
+    folders = [(Path(args.core_experts), args.symmetric)] + [(Path(folder), True) for folder in args.context_experts]
+    names = (f"n{tsm_lora.read_folder(folder)[0][0]['num_intervals']}" for folder, _ in folders)
+    return [
+        (f"{k}-{'context' if gated else 'core'}-{name}", folder, gated)
+        for k, (name, (folder, gated)) in enumerate(zip(names, folders))
+    ]
+
+
+def assembled_dir(args: argparse.Namespace) -> Path:
+    return Path(args.output_dir) / "assembled"
+
+
+def claim_output_dir(args: argparse.Namespace) -> None:
+    """Write args.json and copies of the experts, or check them against an earlier run's: nothing is overwritten."""
+    known = checkpoints(Path(args.output_dir) / "checkpoints")
+    if known or (assembled_dir(args) / tsm_lora.ROUTER_FILE).exists():
+        check_same_run(args)
+        if not args.resume_from_checkpoint:
+            raise ValueError(
+                f"{args.output_dir} holds this run already; add --resume_from_checkpoint latest to go on, or choose "
+                "another --output_dir"
+            )
+        if args.resume_from_checkpoint != "latest" and not named_checkpoint(
+            args, known[0].parent if known else Path()
+        ):
+            known = [str(p) for p in known]
+            raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint}: this run has {known}")
+        return
+    shutil.rmtree(assembled_dir(args), ignore_errors=True)
+    for name, folder, _ in banks(args) if args.moe_experts is None else []:
+        target = assembled_dir(args) / name
+        target.mkdir(parents=True)
+        for _, path in tsm_lora.read_folder(folder):
+            shutil.copyfile(path, target / path.name)
+    write_args(args)
+
+
+def save_assembled(experts, folder: Path, args: argparse.Namespace, step: int) -> None:
+    """The routers, beside the copies of their experts; of MoE LoRA the experts too."""
+    facts = {"steps": step, "seed": args.seed, "base_revision": args.revision}
+    if args.moe_experts is None:
+        names = [name for name, _, _ in banks(args)]
+    else:
+        names = [f"{k}-context-n1" for k in range(args.moe_experts)]
+        for k, name in enumerate(names):
+            experts.save_expert(0, folder / name / "interval-000.safetensors", bank=k, **facts)
+    experts.save_router(folder / tsm_lora.ROUTER_FILE, names, **facts)
+
+
+# >>> the same lines in train_foster.py and train_assemble.py
+def write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def run_settings(args: argparse.Namespace) -> dict:
+    settings = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
+    return settings | {k: os.path.abspath(v) for k, v in settings.items() if isinstance(v, str) and os.path.isdir(v)}
+
+
+def write_args(args: argparse.Namespace) -> None:
+    versions = {m.__name__: m.__version__ for m in (torch, diffusers, transformers)}
+    versions["python"] = platform.python_version()
+    write_json(Path(args.output_dir) / "args.json", {"args": run_settings(args), "versions": versions})
+
+
+def check_same_run(args: argparse.Namespace) -> None:
+    """ValueError where --output_dir was begun with other settings."""
+    path, settings = Path(args.output_dir) / "args.json", run_settings(args)
+    before = json.loads(path.read_text())["args"] if path.exists() else {}
+    differ = {f"--{k}": (before.get(k), v) for k, v in settings.items() if before.get(k) != v}
+    if differ:
+        raise ValueError(
+            f"{args.output_dir} holds another run, with (its, your) {differ}; choose another --output_dir"
+        )
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [p.parent for p in folder.glob("checkpoint-*/state.pt") if p.parent.name.split("-")[1].isdigit()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+@contextmanager
+def new_checkpoint(folder: Path, state: dict, limit: int | None):
+    """Trainable state only, and what the caller writes into the folder that it is given; complete under its own name
+    at the end, then the oldest beyond the limit go."""
+    path = folder / f"checkpoint-{state['step']}"
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    torch.save(state, partial / "state.pt")
+    if path.exists():
+        (path / "state.pt").unlink(missing_ok=True)  # from here on it does not count as a checkpoint
+        shutil.rmtree(path)
+    os.replace(partial, path)
+    for old in checkpoints(folder)[:-limit] if limit else []:
+        shutil.rmtree(old)
+
+
+def checkpoint_to_resume(args: argparse.Namespace, folder: Path) -> Path | None:
+    """`latest` or what --resume_from_checkpoint names: a path, or as in diffusers a name such as checkpoint-500. What
+    has no checkpoint of that name goes on from its latest."""
+    own = checkpoints(folder)
+    if args.resume_from_checkpoint is None or not own:
+        return None
+    return own[-1] if (named := named_checkpoint(args, folder)) is None else named
+
+
+def named_checkpoint(args: argparse.Namespace, folder: Path) -> Path | None:
+    name = Path(str(args.resume_from_checkpoint))
+    fitting = (p for p in checkpoints(folder) if p in (name, args.output_dir / name) or p.name == str(name))
+    return next(fitting, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def make_optimizer(experts: tsm_lora.Experts, args: argparse.Namespace) -> torch.optim.Optimizer:
+    denoiser = experts.parameters(experts.backbone.denoiser)
+    encoders = experts.parameters()[len(denoiser) :]
+    text_encoder_lr = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
+    groups = [
+        {"params": [p for p in parameters if p.requires_grad], "lr": lr}
+        for parameters, lr in ((denoiser, args.learning_rate), (encoders, text_encoder_lr))
+    ]
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as AdamW  # slow to import
+    else:
+        from torch.optim import AdamW
+    return AdamW(
+        [group for group in groups if group["params"]],
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+
+
+def training_state(experts, optimizer, lr_scheduler, scaler, step: int, positions: list) -> dict:
+    """`positions` are those of streamed data, one per process."""
+    state = {"step": step, "positions": positions}
+    state |= {"experts": experts.state_dict(), "optimizer": optimizer.state_dict()}
+    return state | {"lr_scheduler": lr_scheduler.state_dict(), "scaler": scaler.state_dict() if scaler else {}}
+
+
+def load_training_state(state: dict, experts, optimizer, lr_scheduler, scaler) -> None:
+    experts.load_state_dict(state["experts"])
+    optimizer.load_state_dict(state["optimizer"])
+    lr_scheduler.load_state_dict(state["lr_scheduler"])
+    if scaler is not None:
+        scaler.load_state_dict(state["scaler"] or torch.amp.GradScaler().state_dict())
+
+
+# <<<
+
+
+def attach(pipe, args: argparse.Namespace) -> tsm_lora.Experts:
+    if args.moe_experts is not None:
+        return tsm_lora.attach_moe(
+            pipe,
+            args.moe_experts,
+            args.top_k,
+            rank=args.rank,
+            alpha=args.lora_alpha,
+            lora_layers=args.lora_layers and [name.strip() for name in args.lora_layers.split(",")],
+            train_text_encoder=args.train_text_encoder,
+            generator=data.rng(args.seed, "router", "A"),
+        )
+    folders = [(assembled_dir(args) / name, gated) for name, _, gated in banks(args)]
+    core = next((folder for folder, gated in folders if not gated), None)
+    return tsm_lora.assemble_experts(pipe, core, [folder for folder, gated in folders if gated], args.router_inputs)
+
+
+def assemble(pipe, train, validation, moments, args: argparse.Namespace, accelerator) -> None:
+    """Train the routers from scratch (or from the last checkpoint) and write their file."""
+    experts = attach(pipe, args)
+    if args.gradient_checkpointing:
+        experts.enable_gradient_checkpointing()
+    optimizer = make_optimizer(experts, args)
+    lr_scheduler = get_scheduler(  # not prepared: a function of the optimiser step alone, on any number of processes
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
+    )
+    model, optimizer = accelerator.prepare(Trainee(experts), optimizer)
+    step, position = 0, None
+    if (checkpoint := checkpoint_to_resume(args, Path(args.output_dir) / "checkpoints")) is not None:
+        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        load_training_state(state, experts, optimizer, lr_scheduler, accelerator.scaler)
+        step = state["step"]
+        position = state["positions"][accelerator.process_index] if args.streaming else None
+        accelerator.print(f"routers go on from {checkpoint}")
+
+    low, high = 0, tsm_lora.T
+    scheduler = experts.backbone.noise_scheduler(pipe)
+    dataset = data.Pictures(train, args, data.latent_shape(pipe, args.resolution), augment=True, moments=moments)
+    batches = data.training_loader(dataset, args, "router", step, accelerator, position)
+    progress = tqdm(
+        initial=step, total=args.max_train_steps, desc="routers", disable=not accelerator.is_local_main_process
+    )
+    losses, parameters = [], [p for p in experts.parameters() if p.requires_grad]
+    for batch in islice(batches, (args.max_train_steps - step) * args.gradient_accumulation_steps):
+        position = batch.pop("position", None)
+        with accelerator.accumulate(model):
+            loss = sample_losses(model, experts, scheduler, batch, low, high, args.snr_gamma).mean()
+            losses.append(loss.detach())
+            if args.moe_experts is not None:
+                loss = loss + args.balance_loss_weight * experts.balance_loss()
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        step += 1
+        if not accelerator.optimizer_step_was_skipped:
+            lr_scheduler.step()
+        progress.update()
+        if step % LOGGING_STEPS == 0 or step == args.max_train_steps:
+            loss, lr = accelerator.reduce(torch.stack(losses).mean(), "mean").item(), lr_scheduler.get_last_lr()[0]
+            losses.clear()
+            progress.set_postfix(loss=f"{loss:.4f}", lr=lr)
+            accelerator.log({"loss": loss, "lr": lr, "grad_norm": grad_norm.item()}, step=step)
+        if step % args.checkpointing_steps == 0:
+            positions = gather_object([position]) if args.streaming else []
+            if accelerator.is_main_process:
+                state = training_state(experts, optimizer, lr_scheduler, accelerator.scaler, step, positions)
+                folder = Path(args.output_dir) / "checkpoints"
+                with new_checkpoint(folder, state, args.checkpoints_total_limit) as folder:
+                    save_assembled(experts, folder, args, step)
+        if args.validation_steps and step % args.validation_steps == 0 and len(validation):
+            by_interval = [
+                validation_losses(model, experts, scheduler, validation, args, i, accelerator).mean().item()
+                for i in range(args.num_intervals)
+            ]
+            accelerator.log({f"validation/interval-{i:03d}": loss for i, loss in enumerate(by_interval)}, step=step)
+    progress.close()
+    if accelerator.is_main_process:
+        save_assembled(experts, assembled_dir(args), args, args.max_train_steps)
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    experts.unload()
+
+
+def validate(pipe, validation, args: argparse.Namespace, accelerator) -> dict[str, torch.Tensor]:
+    """Losses (n intervals, N pictures) of the base, of each set of experts alone, and of all assembled."""
+    sets = {"base": assembled_dir(args)}
+    sets |= {name[2:]: assembled_dir(args) / name for name, _, _ in banks(args)} if args.moe_experts is None else {}
+    losses = {}
+    for name, folder in (sets | {"assembled": assembled_dir(args)}).items():
+        experts = tsm_lora.load_experts(pipe, folder)
+        model, scheduler = Trainee(experts), experts.backbone.noise_scheduler(pipe)
+        with experts.off() if name == "base" else nullcontext():
+            intervals = range(args.num_intervals)
+            rows = [validation_losses(model, experts, scheduler, validation, args, i, accelerator) for i in intervals]
+        losses[name] = torch.stack(rows)
+        experts.unload()
+    return losses
+
+
+@torch.no_grad()
+def mean_gates(pipe, validation, args: argparse.Namespace, timesteps: list[int]) -> tuple[torch.Tensor, dict]:
+    """Mean gate of each layer at each t over validation pictures, (m contexts, layers, timesteps), and the mean
+    absolute value of the two terms E[t] and W_r x."""
+    experts = tsm_lora.load_experts(pipe, assembled_dir(args))
+    rows = validation.take(min(VALIDATION_BATCH, len(validation)))
+    pictures = data.Pictures(rows, args, data.latent_shape(pipe, args.resolution), augment=False)
+    (batch,) = data.loader(pictures, [[(k, "gates", k) for k in range(len(rows))]], args)
+    x0, noise = data.latents(pipe.vae, {k: v.to(pipe.vae.device) for k, v in batch.items() if torch.is_tensor(v)}), 0
+    noise, scheduler = batch["noise"].to(x0.device), experts.backbone.noise_scheduler(pipe)
+    layers = list(experts.layers.values())
+    means = torch.zeros(len(timesteps), len(layers), sum(bank.gated for bank in experts.routing.banks))
+    sizes: dict[str, list[float]] = {"E": [], "W_r x": []}
+
+    def watch(layer, k, j, gates):  # (..., m)
+        means[j, k] = gates.float().flatten(0, -2).mean(0).cpu()
+        bias = 0 if layer.E is None else layer.E[timesteps[j]].float()
+        sizes["E"].append(float(torch.as_tensor(bias).abs().mean()))
+        sizes["W_r x"].append((gates.float() - bias).abs().mean().item())
+
+    dtype = next(experts.components[experts.backbone.denoiser].parameters()).dtype
+    for j, t in enumerate(timesteps):
+        for k, layer in enumerate(layers):
+            layer.watch = partial(watch, layer, k, j)
+        t = torch.full((len(rows),), t, device=x0.device)
+        xt, _ = experts.backbone.diffuse(scheduler, x0, noise, t)
+        experts.predict(xt.to(dtype), t, batch["caption"])
+    experts.unload()
+    return means.permute(2, 1, 0), {name: sum(values) / len(values) for name, values in sizes.items()}
+
+
+def report(pipe, losses: dict[str, torch.Tensor], validation: Dataset, origin: str, args: argparse.Namespace) -> None:
+    """Tables and pictures of losses and gates, the model card, and pictures of base, core and assembled experts."""
+    out, bounds = Path(args.output_dir), tsm_lora.interval_bounds(args.num_intervals)
+    before = next((name for name in losses if name.startswith("core")), "base")
+    if args.symmetric:
+        before = max(
+            (name for name in losses if name.startswith("context")), key=lambda name: int(name.split("-n")[1])
+        )
+    records = []
+    for i in range(args.num_intervals):
+        gain = losses[before][i] - losses["assembled"][i]
+        records.append({"interval": i, "timesteps": [bounds[i], bounds[i + 1] - 1], "pictures": len(gain)})
+        records[i] |= {"loss": {name: loss[i].mean().item() for name, loss in losses.items()}}
+        records[i] |= {"gain": gain.mean().item(), "standard_error": (gain.std() / len(gain) ** 0.5).item()}
+    timesteps = list(range(10, tsm_lora.T, 20))
+    gates, sizes = mean_gates(pipe, validation, args, timesteps)
+    write_json(out / "validation.json", {"pictures_from": origin, "gates": sizes, "intervals": records})
+    table = [f"| interval | timesteps | {' | '.join(losses)} | gain over {before} ± standard error |"]
+    table += ["|---" * (len(losses) + 3) + "|"]
+    for r in records:
+        cells = " | ".join(f"{loss:.4f}" for loss in r["loss"].values())
+        timesteps_of, gain = "{}..{}".format(*r["timesteps"]), f"{r['gain']:+.5f} ± {r['standard_error']:.5f}"
+        table.append(f"| {r['interval']} | {timesteps_of} | {cells} | {gain} |")
+    print("\n".join([f"\nvalidation loss on {origin}, fixed noise; t grows with noise", *table]))
+    print(f"mean |E[t]| {sizes['E']:.4f}, mean |W_r x| {sizes['W_r x']:.4f}")
+    plot_losses(records, out / "loss.png")
+    plot_gates(gates, timesteps, out / "gates.png")
+    write_card("\n".join(table), origin, args)
+    prompts = args.validation_prompts or [row[args.caption_column] for row in islice(validation, 8)]
+    images, rows = draw(pipe, prompts, args), ["base"]
+    for name, folder in ((before, core_folder(before, args)), ("assembled", assembled_dir(args))):
+        if name == "base":
+            continue
+        experts = tsm_lora.load_experts(pipe, folder)
+        images += draw(pipe, prompts, args)
+        rows.append(name)
+        experts.unload()
+    make_image_grid(images, rows=len(rows), cols=len(prompts)).save(out / "samples.png")
+    print(f"\n{out / 'samples.png'}, from above: {', '.join(rows)}")
+    for k, prompt in enumerate(prompts):
+        print(f"  column {k + 1}: {prompt}")
+
+
+def core_folder(name: str, args: argparse.Namespace) -> Path | None:
+    return next(assembled_dir(args).glob(f"?-{name}"), None)
+
+
+def plot_losses(records: list[dict], path: Path) -> None:
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    middle = [sum(r["timesteps"]) / 2 for r in records]
+    for name in records[0]["loss"]:
+        axes.plot(middle, [r["loss"][name] for r in records], "o-", label=name, markersize=3)
+    axes.set(xlabel="timestep t (grows with noise)", ylabel="validation loss", yscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_gates(gates: torch.Tensor, timesteps: list[int], path: Path) -> None:
+    """A panel per context, layers from input (top) to output by timesteps."""
+    figure = Figure(figsize=(4.5 * len(gates), 4), layout="constrained")
+    limit = gates.abs().max().item()
+    panels = figure.subplots(1, len(gates), squeeze=False)[0]
+    for j, (axes, of_context) in enumerate(zip(panels, gates)):
+        extent = (timesteps[0] - 10, timesteps[-1] + 10, len(of_context), 0)
+        options = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "interpolation": "nearest"}
+        image = axes.imshow(of_context, aspect="auto", extent=extent, **options)
+        axes.set(title=f"context {j + 1}", xlabel="timestep t (grows with noise)", ylabel="adapted layer")
+    figure.colorbar(image, ax=panels, label="mean gate")
+    figure.savefig(path, dpi=120)
+
+
+def write_card(table: str, origin: str, args: argparse.Namespace) -> None:
+    """README.md beside the experts, the model card of a hub repository."""
+    (assembled_dir(args) / "README.md").write_text(
+        f"""---
+base_model: {args.pretrained_model_name_or_path}
+library_name: diffusers
+tags: [text-to-image, lora, timestep-experts]
+---
+# Assembled timestep LoRA experts
+
+Timestep LoRA experts of several scales for `{args.pretrained_model_name_or_path}` and a router. t grows with noise:
+interval 0 is the cleanest. `tsm_lora.load_experts(pipe, folder)` runs, at each step, the core's expert of its t plus
+the contexts' experts of that t times g(x, t) = W_r x + E[t].
+
+Validation loss on {origin}:
+
+{table}
+
+```json
+{json.dumps({k: v for k, v in vars(args).items() if k not in FREE_FLAGS}, indent=1)}
+```
+"""
+    )
+
+
+# >>> the same lines in train_foster.py and train_assemble.py
+def draw(pipe, prompts: list[str], args: argparse.Namespace) -> list[Image.Image]:
+    """A picture per prompt, each from its own noise, at least 128 pixels wide."""
+    # the stock pipelines decode in the denoiser's precision
+    pipe.vae.to(getattr(pipe, tsm_lora.backbone_of(pipe).denoiser).dtype)
+    images = pipe(
+        prompts,
+        generator=[torch.Generator().manual_seed(k) for k in range(len(prompts))],
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        height=args.resolution,
+        width=args.resolution,
+    ).images
+    side = max(128, args.resolution)
+    return [image.resize((side, side), Image.Resampling.NEAREST) for image in images]
+
+
+def push_to_hub(folder: Path, args: argparse.Namespace) -> None:
+    api = HfApi(token=args.hub_token)
+    repo_id = api.create_repo(args.hub_model_id or Path(args.output_dir).name, exist_ok=True).repo_id
+    api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="timestep LoRA experts")
+    print(f"pushed to {repo_id}")
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    accelerator = Accelerator(
+        cpu=on_cpu(),
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.report_to == "none" else args.report_to,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir)),
+    )
+    if on_cpu() and accelerator.num_processes == 1 and "ACCELERATE_DYNAMO_BACKEND" in os.environ:
+        torch.set_num_threads(min(8, os.cpu_count()))  # `accelerate launch` allows one
+    args.mixed_precision = accelerator.mixed_precision  # perhaps accelerate's own setting
+    args.global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    diffusers.utils.logging.set_verbosity_error()  # pipelines speak of each truncated caption
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+# <<<
+
+
+def main(args: argparse.Namespace) -> None:
+    accelerator = make_accelerator(args)
+    with accelerator.main_process_first():
+        train, validation, origin = data.split_rows(args)
+    pipe = load_pipeline(args, accelerator)
+    if accelerator.is_main_process:
+        claim_output_dir(args)
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("train_assemble", {k: str(v) for k, v in vars(args).items() if k != "hub_token"})
+    if args.moe_experts is None:
+        accelerator.print("routers over " + ", ".join(f"{name[2:]} ({folder})" for name, folder, _ in banks(args)))
+    else:
+        accelerator.print(f"MoE LoRA: {args.moe_experts} experts of rank {args.rank}, top {args.top_k}")
+    accelerator.print(f"{'a stream of' if args.streaming else len(train)} pictures, validation on {origin}")
+    seen = args.global_batch * args.max_train_steps
+    accelerator.print(f"{args.max_train_steps} steps of {args.global_batch} or {seen} pictures")
+    moments = None
+    if args.cache_latents:
+        moments = data.cache_latents(pipe, train, args, accelerator, Path(args.output_dir) / "latents.bin")
+    if (assembled_dir(args) / tsm_lora.ROUTER_FILE).exists():
+        accelerator.print("the routers are finished, skipping them")
+    else:
+        assemble(pipe, train, validation, moments, args, accelerator)
+    losses = validate(pipe, validation, args, accelerator)
+    if accelerator.is_main_process:
+        report(pipe, losses, validation, origin, args)
+        if args.push_to_hub:
+            push_to_hub(assembled_dir(args), args)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args())
