@@ -84,6 +84,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.output_dir = args.output_dir or "output/assemble"
     check_args(args)
+    if args.symmetric and args.router_inputs == "feature":
+        raise ValueError(
+            "--symmetric starts at E = 1: its routers need the timestep, --router_inputs both or timestep"
+        )
     if args.moe_experts is not None:
         if not 1 <= args.top_k <= args.moe_experts:
             raise ValueError(f"--top_k must lie in 1..{args.moe_experts}, the number of --moe_experts")
@@ -565,17 +569,17 @@ def mean_gates(pipe, validation, args: argparse.Namespace, timesteps: list[int])
     rows = validation.take(min(VALIDATION_BATCH, len(validation)))
     pictures = data.Pictures(rows, args, data.latent_shape(pipe, args.resolution), augment=False)
     (batch,) = data.loader(pictures, [[(k, "gates", k) for k in range(len(rows))]], args)
-    x0, noise = data.latents(pipe.vae, {k: v.to(pipe.vae.device) for k, v in batch.items() if torch.is_tensor(v)}), 0
+    x0 = data.latents(pipe.vae, {k: v.to(pipe.vae.device) for k, v in batch.items() if torch.is_tensor(v)})
     noise, scheduler = batch["noise"].to(x0.device), experts.backbone.noise_scheduler(pipe)
     layers = list(experts.layers.values())
     means = torch.zeros(len(timesteps), len(layers), sum(bank.gated for bank in experts.routing.banks))
     sizes: dict[str, list[float]] = {"E": [], "W_r x": []}
 
     def watch(layer, k, j, gates):  # (..., m)
-        means[j, k] = gates.float().flatten(0, -2).mean(0).cpu()
-        bias = 0 if layer.E is None else layer.E[timesteps[j]].float()
-        sizes["E"].append(float(torch.as_tensor(bias).abs().mean()))
-        sizes["W_r x"].append((gates.float() - bias).abs().mean().item())
+        means[j, k] = gates.float().reshape(-1, gates.shape[-1]).mean(0).cpu()
+        bias = torch.zeros(1) if layer.E is None else layer.E[timesteps[j]].float()
+        sizes["E"].append(bias.abs().mean().item())
+        sizes["W_r x"].append((gates.float() - bias.to(gates.device)).abs().mean().item())
 
     dtype = next(experts.components[experts.backbone.denoiser].parameters()).dtype
     for j, t in enumerate(timesteps):
@@ -612,7 +616,8 @@ def report(pipe, losses: dict[str, torch.Tensor], validation: Dataset, origin: s
         timesteps_of, gain = "{}..{}".format(*r["timesteps"]), f"{r['gain']:+.5f} ± {r['standard_error']:.5f}"
         table.append(f"| {r['interval']} | {timesteps_of} | {cells} | {gain} |")
     print("\n".join([f"\nvalidation loss on {origin}, fixed noise; t grows with noise", *table]))
-    print(f"mean |E[t]| {sizes['E']:.4f}, mean |W_r x| {sizes['W_r x']:.4f}")
+    if args.moe_experts is None:
+        print(f"mean |E[t]| {sizes['E']:.4f}, mean |W_r x| {sizes['W_r x']:.4f}")
     plot_losses(records, out / "loss.png")
     plot_gates(gates, timesteps, out / "gates.png")
     write_card("\n".join(table), origin, args)
