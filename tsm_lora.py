@@ -354,6 +354,21 @@ def _sd_conditions(encoded: tuple) -> dict[str, torch.Tensor]:
     return {"encoder_hidden_states": prompt if negative is None else torch.cat([negative, prompt])}
 
 
+def _pixart_conditions(encoded: tuple) -> dict[str, torch.Tensor]:
+    prompt, mask, negative, negative_mask = encoded
+    if negative is not None:
+        prompt, mask = torch.cat([negative, prompt]), torch.cat([negative_mask, mask])
+    return {"encoder_hidden_states": prompt, "encoder_attention_mask": mask}
+
+
+def _pixart_extra(pipe, xt: torch.Tensor) -> dict[str, dict]:
+    """Size and aspect ratio of the picture, which the models of 1024 pixels alone are told."""
+    if pipe.transformer.config.sample_size != 128:
+        return {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    size = xt.new_tensor(xt.shape[2:]).repeat(len(xt), 1) * pipe.vae_scale_factor  # (B, 2)
+    return {"added_cond_kwargs": {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]}}
+
+
 @dataclass(frozen=True)
 class Backbone:
     """What the method must know of a model family. `pipe` is its stock diffusers pipeline."""
@@ -367,6 +382,7 @@ class Backbone:
     draw_t: Callable  # (u in [0, 1), low, high) -> t of the interval
     diffuse: Callable  # (scheduler, x0, noise, t) -> x_t, target
     t_scale: float = 1.0  # the denoiser's `timestep` times this is t in 0..T
+    extra: Callable = lambda pipe, xt: {}  # denoiser arguments that depend on neither t nor text
 
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -382,6 +398,17 @@ BACKBONES = {
         noise_scheduler=_ddpm_scheduler,
         draw_t=_ddpm_t,
         diffuse=_ddpm_diffuse,
+    ),
+    "PixArt": Backbone(  # alpha and Sigma; appendix A.1 and A.2
+        denoiser="transformer",
+        text_encoders={"text_encoder": ("q", "v")},
+        targets=ATTENTION,
+        encode=lambda pipe, prompts: pipe.encode_prompt(prompts, False, device=pipe.transformer.device),
+        conditions=_pixart_conditions,
+        noise_scheduler=_ddpm_scheduler,
+        draw_t=_ddpm_t,
+        diffuse=_ddpm_diffuse,
+        extra=_pixart_extra,
     ),
 }
 # Families whose names begin like a known one, but which need an entry of their own.
@@ -667,8 +694,10 @@ class Experts:
         """The denoiser's output for x_t (B, c, h, w) at t (B,), each prompt encoded at its own t: for training."""
         with self.at(t):
             conditions = self.backbone.conditions(self.backbone.encode(self.pipe, prompts))
+        conditions |= self.backbone.extra(self.pipe, xt)
         denoiser = self.components[self.backbone.denoiser]
-        return denoiser(xt, timestep=t / self.backbone.t_scale, return_dict=False, **conditions)[0]
+        pred = denoiser(xt, timestep=t / self.backbone.t_scale, return_dict=False, **conditions)[0]
+        return pred[:, : xt.shape[1]]  # the other half, if any, is a learned variance
 
     def enable_gradient_checkpointing(self) -> None:
         """Gradient checkpointing whose recomputation runs at the t of its own forward, also if t has changed since."""

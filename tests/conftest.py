@@ -8,10 +8,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two busy processes with spinnin
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
+from diffusers import (  # noqa: E402
+    AutoencoderKL,
+    DDIMScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image  # noqa: E402
 from tokenizers import pre_tokenizers  # noqa: E402
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
+from torch import nn  # noqa: E402
+from transformers import (  # noqa: E402
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 torch.set_num_threads(1)
 
@@ -21,6 +36,16 @@ def tiny_tokenizer(length: int = 12) -> CLIPTokenizer:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={token: k for k, token in enumerate(tokens)}, merges=[], model_max_length=length)
+
+
+def tiny_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=16,
+    ).eval()
 
 
 def tiny_sd(seed: int = 0, prediction_type: str = "epsilon") -> StableDiffusionPipeline:
@@ -49,13 +74,7 @@ def tiny_sd(seed: int = 0, prediction_type: str = "epsilon") -> StableDiffusionP
         attention_head_dim=2,
         norm_num_groups=8,
     )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        sample_size=16,
-    )
+    vae = tiny_vae()
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -78,6 +97,47 @@ def tiny_sd(seed: int = 0, prediction_type: str = "epsilon") -> StableDiffusionP
     pipe.set_progress_bar_config(disable=True)
     for module in (unet, vae, text_encoder):
         module.eval()
+    return pipe
+
+
+def tiny_pixart(seed: int = 0) -> PixArtAlphaPipeline:
+    torch.manual_seed(seed)
+    letters = [(chr(code), -8.0) for code in range(33, 127)]
+    tokenizer = T5Tokenizer(
+        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0), *letters], extra_ids=0, model_max_length=120
+    )
+    text_encoder = T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=16,
+            d_kv=8,
+            d_ff=32,
+            num_layers=2,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False,
+            use_cache=False,
+        )
+    )
+    transformer = PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        caption_channels=16,
+        cross_attention_dim=16,
+        in_channels=4,
+        out_channels=8,  # with a learned variance
+    )
+    nn.init.normal_(transformer.proj_out.weight)
+    pipe = PixArtAlphaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder.eval(),
+        vae=tiny_vae(),
+        transformer=transformer.eval(),
+        scheduler=DDIMScheduler(clip_sample=False),
+    )
+    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 

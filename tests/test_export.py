@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_sd
+from conftest import tiny_pixart, tiny_sd
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from peft import PeftModel
 from test_tsm_lora import CONV_TARGETS, relative, save_all
@@ -61,6 +61,27 @@ def test_peft_folder_loads_in_peft(world, tmp_path):
     assert relative(text_encoder(torch.arange(12)[None])[0], cond) < 1e-5
     assert relative(unet(x, 500, encoder_hidden_states=cond).sample, expected) < 1e-5
     assert relative(pipe.unet(x, 500, cond).sample, expected) > 1e-3
+
+
+@torch.no_grad()
+def test_peft_folder_loads_in_peft_on_pixart(tmp_path):
+    """PixArt has no LoRA loader in diffusers: a PEFT folder is what its users load."""
+    pipe = tiny_pixart()
+    pipe.save_pretrained(tmp_path / "model")
+    save_all(pipe, tmp_path / "experts", 3, alpha=7)
+    run(tmp_path, "peft", tmp_path / "out")
+    experts = tsm_lora.load_experts(pipe, tmp_path / "experts")
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([500, 500])
+    ours = experts.predict(x, t, ["a red circle", "b"])
+    experts.unload()
+    fresh, folder = tiny_pixart(), tmp_path / "out" / "interval-001"
+    fresh.text_encoder = PeftModel.from_pretrained(fresh.text_encoder, folder / "text_encoder")
+    cond, mask, _, _ = fresh.encode_prompt(["a red circle", "b"], False)
+    transformer = PeftModel.from_pretrained(fresh.transformer, folder / "transformer")
+    options = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}, "encoder_attention_mask": mask}
+    assert relative(transformer(x, cond, timestep=t, **options).sample[:, :4], ours) < 1e-5
+    with transformer.disable_adapter():
+        assert relative(transformer(x, cond, timestep=t, **options).sample[:, :4], ours) > 1e-3
 
 
 def percent_to_sigma(percent, sigmas, shift):
