@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import InterpolationMode
 from tqdm.auto import tqdm
+
+import tsm_lora
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 
@@ -121,9 +124,9 @@ def split_rows(args) -> tuple[Dataset | IterableDataset, Dataset, str]:
 class Pictures(torch.utils.data.Dataset):
     """Pictures with all that is random about their use. Keys are (index, *name of a generator)."""
 
-    def __init__(self, rows, args, latent_shape: tuple[int, ...], augment: bool, moments: torch.Tensor | None = None):
+    def __init__(self, rows, args, latent_shape: tuple[int, ...], augment: bool, cache: "Cache | None" = None):
         self.rows, self.args, self.latent_shape, self.augment = rows, args, latent_shape, augment
-        self.moments = moments  # the latent cache
+        self.cache = cache or Cache()
 
     def __getitem__(self, key: tuple) -> dict:
         index, *name = key
@@ -142,8 +145,11 @@ class Pictures(torch.utils.data.Dataset):
             caption = ""
         weight = torch.tensor(row[self.args.reward_column] if self.augment and self.args.reward_column else 1.0)
         sample = {"caption": caption, "weight": weight, "u": u, "noise": noise, "vae_noise": vae_noise}
-        if self.moments is not None:
-            return sample | {"moments": self.moments[index, int(flip)]}
+        if self.cache.conditions is not None:  # the last row is the empty caption
+            row_number = index if caption else -1
+            sample["conditions"] = {name: store[row_number] for name, store in self.cache.conditions.items()}
+        if self.cache.moments is not None:
+            return sample | {"moments": self.cache.moments[index, int(flip)]}
         return sample | {"pixels": self.pixels(row, index, flip, top, left)}
 
     def pixels(self, row: dict, index: int, flip: bool, top: float = 0.5, left: float = 0.5) -> torch.Tensor:
@@ -283,15 +289,45 @@ def latents(vae, batch: dict) -> torch.Tensor:
     return (x0 - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
 
 
-def cache_latents(pipe, rows: Dataset, args, accelerator, path: Path) -> torch.Tensor:
-    """Moments of every picture, (N, 1 or 2 flips, 2, c, h, w), in a file mapped into memory: the system keeps as much
-    of it in memory as fits. The processes share the work, and a complete file is used again. ValueError where a random
-    crop would need fresh latents."""
-    shape = (len(rows), 2 if args.random_flip else 1, 2, *latent_shape(pipe, args.resolution))
-    pictures, done = Pictures(rows, args, shape[3:], augment=False), path.with_suffix(".done")
+# ---------------------------------------------------------------------------------------------------------------------
+# Caches: files mapped into memory, of which the system keeps as much in memory as fits
+
+
+@dataclass
+class Cache:
+    """What was computed for rows of data once: moments of latents (N, 1 or 2 flips, 2, c, h, w), and the denoiser's
+    text conditions by name, (N + 1, ...) with the empty caption last."""
+
+    moments: torch.Tensor | None = None
+    conditions: dict[str, torch.Tensor] | None = None
+
+
+def build_caches(pipe, train: Dataset, validation: Dataset, args, accelerator) -> dict[str, Cache]:
+    """The caches that the flags ask for. Text encoders whose output is cached give their memory back. ValueError where
+    a random crop would need fresh latents, or where text encoders have experts."""
+    out, caches = Path(args.output_dir), {"train": Cache(), "validation": Cache()}
+    if args.cache_latents:
+        caches["train"].moments = cache_latents(pipe, train, args, accelerator, out / "latents.bin")
+    if args.cache_text_embeddings:
+        for name, rows in (("train", train), ("validation", validation)):
+            caches[name].conditions = cache_conditions(pipe, rows, args, accelerator, out / f"text-{name}")
+        for component in tsm_lora.backbone_of(pipe).text_encoders:
+            getattr(pipe, component).to("meta")
+    return caches
+
+
+def mapped_file(path: Path, shape: tuple[int, ...], dtype: torch.dtype, accelerator) -> torch.Tensor:
     path.parent.mkdir(parents=True, exist_ok=True)
     with accelerator.main_process_first():
-        store = torch.from_file(str(path), shared=True, size=torch.Size(shape).numel()).view(shape)
+        return torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
+
+
+@torch.no_grad()
+def cache_latents(pipe, rows: Dataset, args, accelerator, path: Path) -> torch.Tensor:
+    """Moments of every picture. The processes share the work, and a complete file is used again."""
+    shape = (len(rows), 2 if args.random_flip else 1, 2, *latent_shape(pipe, args.resolution))
+    pictures, done = Pictures(rows, args, shape[3:], augment=False), path.with_suffix(".done")
+    store = mapped_file(path, shape, torch.float32, accelerator)
     state = f"{shape} {rows._fingerprint}"
     if done.exists() and done.read_text() == state:
         return store
@@ -304,3 +340,32 @@ def cache_latents(pipe, rows: Dataset, args, accelerator, path: Path) -> torch.T
     if accelerator.is_main_process:
         done.write_text(state)
     return store
+
+
+@torch.no_grad()
+def cache_conditions(pipe, rows: Dataset, args, accelerator, folder: Path) -> dict[str, torch.Tensor]:
+    """Text conditions of every caption. The processes share the work, and complete files are used again."""
+    backbone = tsm_lora.backbone_of(pipe)
+
+    def conditions(captions: list[str]) -> dict[str, torch.Tensor]:
+        return {k: v.cpu() for k, v in backbone.conditions(backbone.encode(pipe, captions)).items()}
+
+    captions, empty = rows[args.caption_column], conditions([""])
+    stores = {
+        name: mapped_file(folder / f"{name}.bin", (len(rows) + 1, *v.shape[1:]), v.dtype, accelerator)
+        for name, v in empty.items()
+    }
+    state, done = f"{rows._fingerprint} {[(k, v.shape, v.dtype) for k, v in stores.items()]}", folder / "done"
+    if done.exists() and done.read_text() == state:
+        return stores
+    mine = list(range(accelerator.process_index, len(rows), accelerator.num_processes))
+    for start in tqdm(range(0, len(mine), 16), desc="captions", disable=not accelerator.is_local_main_process):
+        chunk = mine[start : start + 16]
+        for name, value in conditions([captions[k] for k in chunk]).items():
+            stores[name][chunk] = value
+    for name, value in empty.items():
+        stores[name][-1] = value[0]
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        done.write_text(state)
+    return stores

@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object, send_to_device
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
@@ -149,8 +149,10 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="accelerate's setting if not given")
     add("--gradient_checkpointing", action="store_true")
     add("--cache_latents", action="store_true", help="encode each picture once, into a file mapped into memory")
+    add("--cache_text_embeddings", action="store_true", help="and each caption; then free the frozen text encoders")
     add("--load_in_4bit", action="store_true", help="the frozen base's Linear weights as nf4; needs bitsandbytes")
     add("--compile", action="store_true", help="torch.compile of the denoiser's repeated blocks")
+    add("--channels_last", action="store_true", help="memory layout of the denoiser; helps convolutions on a GPU")
     add("--use_8bit_adam", action="store_true", help="needs bitsandbytes; tensors below 4096 elements stay fp32")
     add("--allow_tf32", action="store_true")
     add("--dataloader_num_workers", type=int, default=0)
@@ -185,6 +187,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--proportion_empty_prompts must lie in 0..1, got {args.proportion_empty_prompts}")
     if args.streaming and args.cache_latents:
         raise ValueError("--cache_latents needs the whole data set at hand, which --streaming never has: drop one")
+    if args.streaming and args.cache_text_embeddings:
+        raise ValueError("--cache_text_embeddings needs all captions at hand, which --streaming never has: drop one")
     if args.dataset_name and args.train_data_dir:
         raise ValueError("--dataset_name and --train_data_dir name two data sets: give one")
     if args.report_to is None:
@@ -200,20 +204,21 @@ class Trainee(torch.nn.Module):
 
     def __init__(self, experts: tsm_lora.Experts):
         super().__init__()
-        self.components, self.experts = torch.nn.ModuleDict(experts.components), experts
+        self.components = torch.nn.ModuleDict({name: experts.components[name] for name in experts.targets})
+        self.experts = experts
 
-    def forward(self, xt: torch.Tensor, t: torch.Tensor, captions: list[str]) -> torch.Tensor:
-        return self.experts.predict(xt, t, captions)
+    def forward(self, xt: torch.Tensor, t: torch.Tensor, captions: list[str], conditions=None) -> torch.Tensor:
+        return self.experts.predict(xt, t, captions, conditions)
 
 
 def sample_losses(model, experts, scheduler, batch: dict, low: int, high: int, snr_gamma: float | None = None):
     """Diffusion loss of each sample, Eq. 1 with t drawn uniformly from the interval [low, high) (Eq. 4): (B,)."""
     backbone, vae = experts.backbone, experts.pipe.vae
-    batch = {k: v.to(vae.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    batch = send_to_device(batch, vae.device, non_blocking=True)
     x0 = data.latents(vae, batch)  # (B, c, h, w)
     t = backbone.draw_t(batch["u"], low, high)  # (B,)
     xt, target = backbone.diffuse(scheduler, x0, batch["noise"], t)
-    pred = model(xt, t, batch["caption"])
+    pred = model(xt, t, batch["caption"], batch.get("conditions"))
     loss = F.mse_loss(pred.float(), target.float(), reduction="none").flatten(1).mean(1)  # (B,)
     if snr_gamma is not None:
         loss = loss * snr_weights(scheduler, t, snr_gamma)
@@ -229,7 +234,9 @@ def snr_weights(scheduler, t: torch.Tensor, gamma: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def validation_losses(model, experts, scheduler, rows: Dataset, args, interval: int, accelerator) -> torch.Tensor:
+def validation_losses(
+    model, experts, scheduler, rows: Dataset, args, interval: int, accelerator, cache: data.Cache | None = None
+) -> torch.Tensor:
     """Loss of each validation picture at one fixed t and noise of the interval, whatever the run's seed: (N,)."""
     low, high = tsm_lora.interval_bounds(args.num_intervals)[interval : interval + 2]
     model = accelerator.unwrap_model(model)  # processes may have unequal numbers of batches
@@ -237,7 +244,7 @@ def validation_losses(model, experts, scheduler, rows: Dataset, args, interval: 
     starts = range(0, len(mine), VALIDATION_BATCH)
     keys = [[(k, "validation", interval, k) for k in mine[start : start + VALIDATION_BATCH]] for start in starts]
     losses = torch.zeros(len(rows), device=accelerator.device)
-    dataset = data.Pictures(rows, args, data.latent_shape(experts.pipe, args.resolution), augment=False)
+    dataset = data.Pictures(rows, args, data.latent_shape(experts.pipe, args.resolution), augment=False, cache=cache)
     for chunk, batch in zip(keys, data.loader(dataset, keys, args)):
         losses[[k for k, *_ in chunk]] = sample_losses(model, experts, scheduler, batch, low, high)
     return accelerator.reduce(losses, "sum").cpu()
@@ -282,6 +289,8 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator):
     if args.load_in_4bit:
         for component in (backbone.denoiser, *backbone.text_encoders):
             quantize(getattr(pipe, component), dtype)
+    if args.channels_last:
+        getattr(pipe, backbone.denoiser).to(memory_format=torch.channels_last)
     if args.compile:
         getattr(pipe, backbone.denoiser).compile_repeated_blocks()
     if getattr(pipe, "safety_checker", None) is not None:
@@ -431,7 +440,7 @@ def make_optimizer(experts: tsm_lora.Experts, args: argparse.Namespace) -> torch
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as AdamW  # slow to import
     else:
-        from torch.optim import AdamW
+        AdamW = partial(torch.optim.AdamW, fused=True)
     return AdamW(
         [group for group in groups if group["params"]],
         betas=(args.adam_beta1, args.adam_beta2),
@@ -475,7 +484,7 @@ def attach(pipe, args: argparse.Namespace) -> tsm_lora.Experts:
     return tsm_lora.assemble_experts(pipe, core, [folder for folder, gated in folders if gated], args.router_inputs)
 
 
-def assemble(pipe, train, validation, moments, args: argparse.Namespace, accelerator) -> None:
+def assemble(pipe, train, validation, caches, args: argparse.Namespace, accelerator) -> None:
     """Train the routers from scratch (or from the last checkpoint) and write their file."""
     experts = attach(pipe, args)
     if args.gradient_checkpointing:
@@ -495,7 +504,7 @@ def assemble(pipe, train, validation, moments, args: argparse.Namespace, acceler
 
     low, high = 0, tsm_lora.T
     scheduler = experts.backbone.noise_scheduler(pipe)
-    dataset = data.Pictures(train, args, data.latent_shape(pipe, args.resolution), augment=True, moments=moments)
+    dataset = data.Pictures(train, args, data.latent_shape(pipe, args.resolution), augment=True, cache=caches["train"])
     batches = data.training_loader(dataset, args, "router", step, accelerator, position)
     progress = tqdm(
         initial=step, total=args.max_train_steps, desc="routers", disable=not accelerator.is_local_main_process
@@ -533,10 +542,13 @@ def assemble(pipe, train, validation, moments, args: argparse.Namespace, acceler
                     save_assembled(experts, folder, args, step)
         if args.validation_steps and step % args.validation_steps == 0 and len(validation):
             by_interval = [
-                validation_losses(model, experts, scheduler, validation, args, i, accelerator).mean().item()
+                validation_losses(
+                    model, experts, scheduler, validation, args, i, accelerator, caches["validation"]
+                ).mean()
                 for i in range(args.num_intervals)
             ]
-            accelerator.log({f"validation/interval-{i:03d}": loss for i, loss in enumerate(by_interval)}, step=step)
+            scalars = {f"validation/interval-{i:03d}": loss.item() for i, loss in enumerate(by_interval)}
+            accelerator.log(scalars, step=step)
     progress.close()
     if accelerator.is_main_process:
         save_assembled(experts, assembled_dir(args), args, args.max_train_steps)
@@ -752,13 +764,12 @@ def main(args: argparse.Namespace) -> None:
     accelerator.print(f"{'a stream of' if args.streaming else len(train)} pictures, validation on {origin}")
     seen = args.global_batch * args.max_train_steps
     accelerator.print(f"{args.max_train_steps} steps of {args.global_batch} or {seen} pictures")
-    moments = None
-    if args.cache_latents:
-        moments = data.cache_latents(pipe, train, args, accelerator, Path(args.output_dir) / "latents.bin")
+    caches = data.build_caches(pipe, train, validation, args, accelerator)
     if (assembled_dir(args) / tsm_lora.ROUTER_FILE).exists():
         accelerator.print("the routers are finished, skipping them")
     else:
-        assemble(pipe, train, validation, moments, args, accelerator)
+        assemble(pipe, train, validation, caches, args, accelerator)
+    pipe = load_pipeline(args, accelerator) if args.cache_text_embeddings else pipe
     losses = validate(pipe, validation, args, accelerator)
     if accelerator.is_main_process:
         report(pipe, losses, validation, origin, args)

@@ -27,6 +27,7 @@ import platform
 import shutil
 import time
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -35,7 +36,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object, send_to_device
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
@@ -77,6 +78,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.output_dir = args.output_dir or f"output/foster-n{args.num_intervals}"
     check_args(args)
+    if args.cache_text_embeddings and args.train_text_encoder:
+        raise ValueError("--cache_text_embeddings needs frozen text encoders: drop it or --train_text_encoder")
     tsm_lora.interval_bounds(args.num_intervals)
     everyone = list(range(args.num_intervals))
     args.interval_indices = sorted(set(args.interval_indices or everyone))
@@ -133,8 +136,10 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="accelerate's setting if not given")
     add("--gradient_checkpointing", action="store_true")
     add("--cache_latents", action="store_true", help="encode each picture once, into a file mapped into memory")
+    add("--cache_text_embeddings", action="store_true", help="and each caption; then free the frozen text encoders")
     add("--load_in_4bit", action="store_true", help="the frozen base's Linear weights as nf4; needs bitsandbytes")
     add("--compile", action="store_true", help="torch.compile of the denoiser's repeated blocks")
+    add("--channels_last", action="store_true", help="memory layout of the denoiser; helps convolutions on a GPU")
     add("--use_8bit_adam", action="store_true", help="needs bitsandbytes; tensors below 4096 elements stay fp32")
     add("--allow_tf32", action="store_true")
     add("--dataloader_num_workers", type=int, default=0)
@@ -169,6 +174,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--proportion_empty_prompts must lie in 0..1, got {args.proportion_empty_prompts}")
     if args.streaming and args.cache_latents:
         raise ValueError("--cache_latents needs the whole data set at hand, which --streaming never has: drop one")
+    if args.streaming and args.cache_text_embeddings:
+        raise ValueError("--cache_text_embeddings needs all captions at hand, which --streaming never has: drop one")
     if args.dataset_name and args.train_data_dir:
         raise ValueError("--dataset_name and --train_data_dir name two data sets: give one")
     if args.report_to is None:
@@ -184,20 +191,21 @@ class Trainee(torch.nn.Module):
 
     def __init__(self, experts: tsm_lora.Experts):
         super().__init__()
-        self.components, self.experts = torch.nn.ModuleDict(experts.components), experts
+        self.components = torch.nn.ModuleDict({name: experts.components[name] for name in experts.targets})
+        self.experts = experts
 
-    def forward(self, xt: torch.Tensor, t: torch.Tensor, captions: list[str]) -> torch.Tensor:
-        return self.experts.predict(xt, t, captions)
+    def forward(self, xt: torch.Tensor, t: torch.Tensor, captions: list[str], conditions=None) -> torch.Tensor:
+        return self.experts.predict(xt, t, captions, conditions)
 
 
 def sample_losses(model, experts, scheduler, batch: dict, low: int, high: int, snr_gamma: float | None = None):
     """Diffusion loss of each sample, Eq. 1 with t drawn uniformly from the interval [low, high) (Eq. 4): (B,)."""
     backbone, vae = experts.backbone, experts.pipe.vae
-    batch = {k: v.to(vae.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    batch = send_to_device(batch, vae.device, non_blocking=True)
     x0 = data.latents(vae, batch)  # (B, c, h, w)
     t = backbone.draw_t(batch["u"], low, high)  # (B,)
     xt, target = backbone.diffuse(scheduler, x0, batch["noise"], t)
-    pred = model(xt, t, batch["caption"])
+    pred = model(xt, t, batch["caption"], batch.get("conditions"))
     loss = F.mse_loss(pred.float(), target.float(), reduction="none").flatten(1).mean(1)  # (B,)
     if snr_gamma is not None:
         loss = loss * snr_weights(scheduler, t, snr_gamma)
@@ -213,7 +221,9 @@ def snr_weights(scheduler, t: torch.Tensor, gamma: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def validation_losses(model, experts, scheduler, rows: Dataset, args, interval: int, accelerator) -> torch.Tensor:
+def validation_losses(
+    model, experts, scheduler, rows: Dataset, args, interval: int, accelerator, cache: data.Cache | None = None
+) -> torch.Tensor:
     """Loss of each validation picture at one fixed t and noise of the interval, whatever the run's seed: (N,)."""
     low, high = tsm_lora.interval_bounds(args.num_intervals)[interval : interval + 2]
     model = accelerator.unwrap_model(model)  # processes may have unequal numbers of batches
@@ -221,7 +231,7 @@ def validation_losses(model, experts, scheduler, rows: Dataset, args, interval: 
     starts = range(0, len(mine), VALIDATION_BATCH)
     keys = [[(k, "validation", interval, k) for k in mine[start : start + VALIDATION_BATCH]] for start in starts]
     losses = torch.zeros(len(rows), device=accelerator.device)
-    dataset = data.Pictures(rows, args, data.latent_shape(experts.pipe, args.resolution), augment=False)
+    dataset = data.Pictures(rows, args, data.latent_shape(experts.pipe, args.resolution), augment=False, cache=cache)
     for chunk, batch in zip(keys, data.loader(dataset, keys, args)):
         losses[[k for k, *_ in chunk]] = sample_losses(model, experts, scheduler, batch, low, high)
     return accelerator.reduce(losses, "sum").cpu()
@@ -266,6 +276,8 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator):
     if args.load_in_4bit:
         for component in (backbone.denoiser, *backbone.text_encoders):
             quantize(getattr(pipe, component), dtype)
+    if args.channels_last:
+        getattr(pipe, backbone.denoiser).to(memory_format=torch.channels_last)
     if args.compile:
         getattr(pipe, backbone.denoiser).compile_repeated_blocks()
     if getattr(pipe, "safety_checker", None) is not None:
@@ -396,7 +408,7 @@ def make_optimizer(experts: tsm_lora.Experts, args: argparse.Namespace) -> torch
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as AdamW  # slow to import
     else:
-        from torch.optim import AdamW
+        AdamW = partial(torch.optim.AdamW, fused=True)
     return AdamW(
         [group for group in groups if group["params"]],
         betas=(args.adam_beta1, args.adam_beta2),
@@ -423,7 +435,7 @@ def load_training_state(state: dict, experts, optimizer, lr_scheduler, scaler) -
 # <<<
 
 
-def foster(pipe, train, validation, moments, args: argparse.Namespace, interval: int, accelerator) -> None:
+def foster(pipe, train, validation, caches, args: argparse.Namespace, interval: int, accelerator) -> None:
     """Train the expert of one interval from scratch (or from its last checkpoint) and write its file."""
     experts = tsm_lora.attach_experts(
         pipe,
@@ -454,7 +466,7 @@ def foster(pipe, train, validation, moments, args: argparse.Namespace, interval:
 
     low, high = tsm_lora.interval_bounds(args.num_intervals)[interval : interval + 2]
     scheduler = experts.backbone.noise_scheduler(pipe)
-    dataset = data.Pictures(train, args, data.latent_shape(pipe, args.resolution), augment=True, moments=moments)
+    dataset = data.Pictures(train, args, data.latent_shape(pipe, args.resolution), augment=True, cache=caches["train"])
     batches = data.training_loader(dataset, args, interval, step, accelerator, position)
     progress = tqdm(
         initial=step,
@@ -494,11 +506,12 @@ def foster(pipe, train, validation, moments, args: argparse.Namespace, interval:
                 with new_checkpoint(checkpoint_dir(args, interval), state, args.checkpoints_total_limit) as folder:
                     save_expert(experts, folder / expert_path(args, interval).name, args, interval, step)
         if args.validation_steps and step % args.validation_steps == 0 and len(validation):
-            loss = validation_losses(model, experts, scheduler, validation, args, interval, accelerator).mean().item()
+            measured = (model, experts, scheduler, validation, args, interval, accelerator, caches["validation"])
+            loss = validation_losses(*measured).mean().item()
             accelerator.log({f"validation/interval-{interval:03d}": loss}, step=earlier + step)
     progress.close()
     speed = {"seconds_per_step": (time.perf_counter() - start) / max(1, step - first_step)}
-    validate(model, experts, scheduler, validation, args, interval, accelerator, speed)
+    validate((model, experts, scheduler, validation, args, interval, accelerator, caches["validation"]), speed)
     if accelerator.is_main_process:
         save_expert(experts, expert_path(args, interval), args, interval, args.max_train_steps)
     accelerator.wait_for_everyone()
@@ -506,11 +519,13 @@ def foster(pipe, train, validation, moments, args: argparse.Namespace, interval:
     experts.unload()
 
 
-def validate(model, experts, scheduler, validation, args, interval: int, accelerator, speed: dict) -> None:
-    """Write the interval's validation loss, base beside expert on the same pictures, t and noise."""
-    after = validation_losses(model, experts, scheduler, validation, args, interval, accelerator)
+def validate(measured: tuple, speed: dict) -> None:
+    """Write the interval's validation loss, base beside expert on the same pictures, t and noise. `measured` are the
+    arguments of validation_losses."""
+    _, experts, _, _, args, interval, accelerator, _ = measured
+    after = validation_losses(*measured)
     with experts.off():
-        before = validation_losses(model, experts, scheduler, validation, args, interval, accelerator)
+        before = validation_losses(*measured)
     gain = before - after
     low, high = tsm_lora.interval_bounds(args.num_intervals)[interval : interval + 2]
     record = {
@@ -648,15 +663,14 @@ def main(args: argparse.Namespace) -> None:
     accelerator.print(f"{'a stream of' if args.streaming else len(train)} pictures, validation on {origin}")
     seen = args.global_batch * args.max_train_steps
     accelerator.print(f"{args.max_train_steps} steps of {args.global_batch} or {seen} pictures per expert")
-    moments = None
-    if args.cache_latents:
-        moments = data.cache_latents(pipe, train, args, accelerator, Path(args.output_dir) / "latents.bin")
+    caches = data.build_caches(pipe, train, validation, args, accelerator)
     for interval in args.interval_indices:
         if expert_path(args, interval).exists() and named_checkpoint(args, checkpoint_dir(args, interval)) is None:
             accelerator.print(f"expert {interval} is finished, skipping it")
             continue
-        foster(pipe, train, validation, moments, args, interval, accelerator)
+        foster(pipe, train, validation, caches, args, interval, accelerator)
     if accelerator.is_main_process:
+        pipe = load_pipeline(args, accelerator) if args.cache_text_embeddings else pipe
         report(pipe, validation, origin, args)
         if args.push_to_hub:
             push_to_hub(expert_path(args, 0).parent, args)

@@ -690,11 +690,15 @@ class Experts:
         finally:
             self.routing.enabled = before
 
-    def predict(self, xt: torch.Tensor, t: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """The denoiser's output for x_t (B, c, h, w) at t (B,), each prompt encoded at its own t: for training."""
-        with self.at(t):
-            conditions = self.backbone.conditions(self.backbone.encode(self.pipe, prompts))
-        conditions |= self.backbone.extra(self.pipe, xt)
+    def predict(
+        self, xt: torch.Tensor, t: torch.Tensor, prompts: list[str], conditions: dict[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """The denoiser's output for x_t (B, c, h, w) at t (B,), each prompt encoded at its own t: for training.
+        `conditions` of the prompts may be given where the text encoders have no experts."""
+        if conditions is None:
+            with self.at(t):
+                conditions = self.backbone.conditions(self.backbone.encode(self.pipe, prompts))
+        conditions = conditions | self.backbone.extra(self.pipe, xt)
         denoiser = self.components[self.backbone.denoiser]
         pred = denoiser(xt, timestep=t / self.backbone.t_scale, return_dict=False, **conditions)[0]
         return pred[:, : xt.shape[1]]  # the other half, if any, is a learned variance

@@ -11,11 +11,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import tiny_sd
+from conftest import assert_identical, tiny_sd
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
-from test_train_foster import assert_identical, command, run, tensors, world  # noqa: F401
+from test_train_foster import command, run, tensors
 
 import data
 import train_foster
@@ -197,7 +197,7 @@ def test_cached_latents_equal_fresh_ones(world, tmp_path):  # noqa: F811
     rows, pipe = data.load_rows(world / "images", args), tiny_sd()
     moments = data.cache_latents(pipe, rows, args, ALONE, tmp_path / "latents.bin")
     assert moments.shape == (22, 2, 2, 4, 8, 8)
-    cached, fresh = (data.Pictures(rows, args, (4, 8, 8), True, m) for m in (moments, None))
+    cached, fresh = (data.Pictures(rows, args, (4, 8, 8), True, data.Cache(m)) for m in (moments, None))
     flips = set()
     for key in next(data.training_keys(22, args, 1, 0, ALONE)) + next(data.training_keys(22, args, 1, 3, ALONE)):
         a, b = (torch.utils.data.default_collate([d[key]]) for d in (cached, fresh))

@@ -397,3 +397,54 @@ def test_4bit_base_trains(world, full_run, tmp_path):
     )
     assert loss["base"] == pytest.approx(expected["base"], rel=0.05) and loss["base"] != expected["base"]
     assert tensors(folder, 2).keys() == tensors(full_run, 2).keys()
+
+
+FROZEN = ("--interval_indices", 2, "--max_train_steps", 4)
+
+
+def without_text(world, out, *flags):
+    """An expert of the denoiser alone."""
+    AcceleratorState._reset_state(True)
+    argv = [flag for flag in command(world, out, *FROZEN, *flags) if flag != "--train_text_encoder"]
+    train_foster.main(train_foster.parse_args(argv))
+    return tensors(out / "experts-n4", 2)
+
+
+def test_cached_text_embeddings_give_the_same_expert(world, tmp_path, monkeypatch):
+    """Under shuffling and caption drop, bit for bit, while the text encoder is gone from memory."""
+    fresh = without_text(world, tmp_path / "fresh")
+    devices, original = [], train_foster.foster
+
+    def foster(pipe, *args):
+        devices.append({p.device.type for p in pipe.text_encoder.parameters()})
+        return original(pipe, *args)
+
+    monkeypatch.setattr(train_foster, "foster", foster)
+    cached = without_text(world, tmp_path / "cached", "--cache_text_embeddings")
+    assert_identical(cached, fresh)
+    assert devices == [{"meta"}]
+    tables = [
+        json.loads((tmp_path / out / "validation.json").read_text())["intervals"][0] for out in ("fresh", "cached")
+    ]
+    assert tables[0]["expert"] == tables[1]["expert"] and tables[0]["base"] == tables[1]["base"]
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cached" / "text-train").iterdir()}
+    assert before and all((p.parent / "done").exists() for p in before)
+    with pytest.raises(ValueError, match="frozen text encoders"):
+        run(world, tmp_path / "x", "--cache_text_embeddings")
+
+
+def test_channels_last_and_compile_give_the_same_expert(world, tmp_path, monkeypatch):
+    """To rounding. The blocks are compiled for real, but run by eager kernels: no compiler is needed here."""
+    fresh, calls = without_text(world, tmp_path / "fresh"), []
+    original = torch.nn.Module.compile
+
+    def compile_module(module, *args, **kwargs):
+        calls.append(type(module).__name__)
+        return original(module, *args, **kwargs | {"backend": "aot_eager"})
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
+    for name, flag in (("layout", "--channels_last"), ("compile", "--compile")):
+        other = without_text(world, tmp_path / name, flag)
+        for key, value in fresh.items():
+            torch.testing.assert_close(other[key], value, atol=1e-5, rtol=1e-3)
+    assert calls and set(calls) <= {"BasicTransformerBlock", "ResnetBlock2D", "Transformer2DModel"}
