@@ -846,8 +846,10 @@ class Experts:
             return
         self._folded = (None, scale)  # half done is neither base nor expert
         for name, weight in self._originals.items():
-            base = self.bases[name].weight.data
-            base.copy_(weight.to(base.device) + self.layers[name].delta(slot).to(base.device) * scale)
+            base, layer = self.bases[name].weight.data, self.layers[name]
+            A, B = (factor.to(base.device, torch.float32) for factor in layer.expert(slot))
+            merged = torch.addmm(weight.to(base.device).flatten(1), B.t(), A.flatten(1), alpha=layer.scaling * scale)
+            base.copy_(merged.view(base.shape))
         self._folded = (slot, scale)
 
     def _unfold(self) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_tsm_lora import CONV_TARGETS, PROMPTS, fill, relative
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import tsm_lora
@@ -515,3 +516,50 @@ def test_experts_that_do_not_belong_together(pipe, tmp_path):
     with pytest.raises(ValueError, match="assembled"):
         assemble_experts(pipe, whole, folders[1:])
     assert "_tsm_experts" not in vars(pipe)
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name.split("::")[1])
+        return func(*args, **kwargs or {})
+
+    @property
+    def products(self):
+        return sum(self.names.count(name) for name in ("mm", "addmm", "bmm", "baddbmm", "convolution"))
+
+
+@torch.no_grad()
+def test_operations_of_sampling(pipe, tmp_path):
+    """Folded stage 1 adds no operation to the base's forward; stage 2, folded or not, two products per layer."""
+    folders = fostered(pipe, tmp_path, [8, 1, 2, 4], lora_layers=CONV_TARGETS, train_text_encoder=False)
+    whole = assembled(pipe, tmp_path / "a", folders)
+    forward, x, cond = pipe.unet.forward, torch.randn(2, 4, 8, 8), torch.randn(2, 12, 16)
+
+    def count():
+        operations = Operations()
+
+        def counted(*args, **kwargs):
+            with operations:
+                return forward(*args, **kwargs)
+
+        pipe.unet.forward = counted
+        pipe.unet(x, torch.tensor(300), cond)
+        pipe.unet.forward = forward
+        return operations
+
+    base = count()
+    experts = load_experts(pipe, folders[0])
+    with experts.folded():
+        assert count().names == base.names
+    unfolded = count()
+    layers = len(experts.layers)
+    experts.unload()
+    experts = load_experts(pipe, whole)
+    stage_2 = count()
+    with experts.folded():
+        folded = count()
+    assert unfolded.products == stage_2.products == folded.products == base.products + 2 * layers

@@ -11,10 +11,17 @@ import pytest
 import evaluate
 import export
 import sample
+import train_assemble
 import train_foster
 
 ROOT = Path(train_foster.__file__).parent
-SCRIPTS = {"train_foster.py": train_foster, "sample.py": sample, "evaluate.py": evaluate, "export.py": export}
+SCRIPTS = {
+    "train_foster.py": train_foster,
+    "train_assemble.py": train_assemble,
+    "sample.py": sample,
+    "evaluate.py": evaluate,
+    "export.py": export,
+}
 
 
 def readme_commands():
@@ -55,7 +62,7 @@ def test_help_shows_every_flag(name):
 
 
 def test_every_flag_is_used():
-    for name in ("train_foster.py", "sample.py"):
+    for name in ("train_foster.py", "train_assemble.py", "sample.py"):
         source = (ROOT / name).read_text() + (ROOT / "data.py").read_text()
         flags = re.findall(r'add\("--(\w+)"', source)
         assert len(flags) > 15
