@@ -159,9 +159,10 @@ def measure(run: str, rate: float, seed: int, args: argparse.Namespace, accelera
         wanted, scored, steps = steps, steps[-1:], fine_tune(pipe, train, settings, accelerator)
     else:
         train_foster.claim_output_dir(settings)
+        caches = data.build_caches(pipe, train, rows, settings, accelerator)
         for interval in range(settings.num_intervals):
             if not train_foster.expert_path(settings, interval).exists():
-                train_foster.foster(pipe, train, rows, None, settings, interval, accelerator)
+                train_foster.foster(pipe, train, rows, caches, settings, interval, accelerator)
         steps = [(s, None) for s in wanted]
     record.setdefault("seconds", time.time() - start)
     for step, experts in steps:
@@ -224,6 +225,18 @@ def row_of(run: str, step: int, records: list[dict], reference: list[dict] | Non
     return row
 
 
+def best_rate(loss_at, rates: list[float]) -> tuple[float, dict[str, float]]:
+    """The learning rate of the lowest loss and all that were tried: the grid is widened until it brackets the best,
+    three times at most."""
+    losses: dict[float, float] = {}
+    for _ in range(4):
+        losses |= {rate: loss_at(rate) for rate in rates}
+        best = min(losses, key=losses.get)
+        rates = [round(best * 2.5, 6)] if best == max(losses) else []
+        rates = [round(best / 2.5, 6)] if best == min(losses) else rates
+    return best, {f"{rate:g}": loss for rate, loss in sorted(losses.items())}
+
+
 def tables(records: dict[str, list[dict]], of_base: dict, args: argparse.Namespace) -> dict[str, list[dict]]:
     reference = records.get(REFERENCE)
     lists: dict[str, list[dict]] = {"equal_total_steps": [], "equal_steps_per_expert": [], "curve": []}
@@ -263,16 +276,13 @@ def main(args: argparse.Namespace) -> None:
     records, tried = {}, {}
     for run in args.runs:
         last = str(args.total_steps // (1 if run == "full" else int(run[1:].split("-r")[0])))
-        losses: dict[float, float] = {}
+
+        def loss_at(rate, run=run, last=last):
+            record = measure(run, rate, args.seeds[0], args, accelerator, False)
+            return torch.tensor(record[last]["loss"]).mean().nan_to_num(torch.inf).item()
+
         rates = [rate / 10 if run == "full" else rate for rate in args.learning_rates]
-        while rates:
-            for rate in rates:
-                record = measure(run, rate, args.seeds[0], args, accelerator, False)
-                losses[rate] = torch.tensor(record[last]["loss"]).mean().nan_to_num(torch.inf).item()
-            best = min(losses, key=losses.get)
-            rates = [round(best * 2.5, 6)] if best == max(losses) else []  # widen the grid until it brackets the best
-            rates = [round(best / 2.5, 6)] if best == min(losses) else rates
-        tried[run] = {f"{rate:g}": loss for rate, loss in sorted(losses.items())}
+        best, tried[run] = best_rate(loss_at, rates)
         records[run] = [measure(run, best, seed, args, accelerator, True) for seed in args.seeds]
         print(run, tried[run], "->", best, flush=True)
     lists = tables(records, of_base, args)
