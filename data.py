@@ -304,7 +304,7 @@ class Cache:
 
 def build_caches(pipe, train: Dataset, validation: Dataset, args, accelerator) -> dict[str, Cache]:
     """The caches that the flags ask for. Text encoders whose output is cached give their memory back. ValueError where
-    a random crop would need fresh latents, or where text encoders have experts."""
+    a random crop would need fresh latents."""
     out, caches = Path(args.output_dir), {"train": Cache(), "validation": Cache()}
     if args.cache_latents:
         caches["train"].moments = cache_latents(pipe, train, args, accelerator, out / "latents.bin")
@@ -322,14 +322,28 @@ def mapped_file(path: Path, shape: tuple[int, ...], dtype: torch.dtype, accelera
         return torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
 
 
+def origin(pipe, rows: Dataset, args) -> str:
+    return f"{rows._fingerprint} {tsm_lora.base_name(pipe)} {args.revision} {args.variant}"
+
+
+def complete(done: Path, state: str, accelerator) -> bool:
+    """Whether the files beside `done` are finished and made from this; else `done` goes before any is written."""
+    ready = done.exists() and done.read_text() == state
+    accelerator.wait_for_everyone()  # all have read it
+    if not ready and accelerator.is_main_process:
+        done.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    return ready
+
+
 @torch.no_grad()
 def cache_latents(pipe, rows: Dataset, args, accelerator, path: Path) -> torch.Tensor:
     """Moments of every picture. The processes share the work, and a complete file is used again."""
     shape = (len(rows), 2 if args.random_flip else 1, 2, *latent_shape(pipe, args.resolution))
     pictures, done = Pictures(rows, args, shape[3:], augment=False), path.with_suffix(".done")
     store = mapped_file(path, shape, torch.float32, accelerator)
-    state = f"{shape} {rows._fingerprint}"
-    if done.exists() and done.read_text() == state:
+    state = f"{shape} {args.center_crop} {args.image_interpolation_mode} {origin(pipe, rows, args)}"
+    if complete(done, state, accelerator):
         return store
     mine = list(range(accelerator.process_index, len(rows), accelerator.num_processes))
     for start in tqdm(range(0, len(mine), 16), desc="latents", disable=not accelerator.is_local_main_process):
@@ -355,8 +369,8 @@ def cache_conditions(pipe, rows: Dataset, args, accelerator, folder: Path) -> di
         name: mapped_file(folder / f"{name}.bin", (len(rows) + 1, *v.shape[1:]), v.dtype, accelerator)
         for name, v in empty.items()
     }
-    state, done = f"{rows._fingerprint} {[(k, v.shape, v.dtype) for k, v in stores.items()]}", folder / "done"
-    if done.exists() and done.read_text() == state:
+    state = f"{[(k, v.shape, v.dtype) for k, v in stores.items()]} {origin(pipe, rows, args)}"
+    if complete(done := folder / "done", state, accelerator):
         return stores
     mine = list(range(accelerator.process_index, len(rows), accelerator.num_processes))
     for start in tqdm(range(0, len(mine), 16), desc="captions", disable=not accelerator.is_local_main_process):

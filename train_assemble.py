@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--moe_experts", type=int, help="instead: MoE LoRA of so many fresh experts that serve all t (appendix C.2)")
     add("--top_k", type=int, default=2, help="of MoE LoRA")
     add("--balance_loss_weight", type=float, default=0.01, help="of MoE LoRA")
-    add("--rank", type=int, default=4, help="of MoE LoRA; elsewhere the experts' own, as the three that follow")
+    add("--rank", type=int, default=4, help="of MoE LoRA, as the three that follow")
     add("--lora_alpha", type=float, help="scale of the addition is alpha / rank; the rank if not given")
     add("--lora_layers", help="comma-separated names in the denoiser; the paper's for this backbone if not given")
     add("--train_text_encoder", action="store_true", help="experts on the text encoder too, as in the paper")
@@ -84,6 +84,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.output_dir = args.output_dir or "output/assemble"
     check_args(args)
+    moe_only = ("rank", "lora_alpha", "lora_layers", "train_text_encoder", "top_k", "balance_loss_weight")
+    tsm_only = ("core_experts", "context_experts", "symmetric", "router_inputs")
+    foreign, word = (moe_only, "without") if args.moe_experts is None else (tsm_only, "with")
+    if idle := [f"--{flag}" for flag in foreign if getattr(args, flag) != parser.get_default(flag)]:
+        raise ValueError(f"{', '.join(idle)} has no effect {word} --moe_experts: drop it")
     if args.symmetric and args.router_inputs == "feature":
         raise ValueError(
             "--symmetric starts at E = 1: its routers need the timestep, --router_inputs both or timestep"
@@ -91,6 +96,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.moe_experts is not None:
         if not 1 <= args.top_k <= args.moe_experts:
             raise ValueError(f"--top_k must lie in 1..{args.moe_experts}, the number of --moe_experts")
+        if args.cache_text_embeddings and args.train_text_encoder:
+            raise ValueError("--cache_text_embeddings needs frozen text encoders: drop it or --train_text_encoder")
         args.num_intervals = 8  # of the table of validation losses
         return args
     for folder in (args.core_experts, *args.context_experts):
@@ -100,6 +107,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 "--num_intervals 8` (the core) and `... --num_intervals 1` (a context), then name their folders by "
                 "--core_experts and --context_experts"
             )
+    if args.cache_text_embeddings and len(tsm_lora.read_folder(args.core_experts)[0][0]["targets"]) > 1:
+        raise ValueError("--cache_text_embeddings: these experts adapt text encoders too, so their output follows t")
     args.num_intervals = max(tsm_lora.read_folder(f)[0][0]["num_intervals"] for _, f, _ in banks(args))
     return args
 
@@ -158,7 +167,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--dataloader_num_workers", type=int, default=0)
 
     add = parser.add_argument_group("logging and checkpoints").add_argument
-    add("--output_dir", help="a folder in output/ named after the settings if not given")
+    add("--output_dir", help="output/foster-n<num_intervals> or output/assemble if not given")
     add("--logging_dir", default="logs", help="below --output_dir")
     add("--report_to", help="tensorboard, wandb, ..., all or none; tensorboard if installed and nothing is given")
     add("--validation_steps", type=int, help="also measure the interval's validation loss every so many steps")
@@ -335,13 +344,19 @@ def claim_output_dir(args: argparse.Namespace) -> None:
             known = [str(p) for p in known]
             raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint}: this run has {known}")
         return
-    shutil.rmtree(assembled_dir(args), ignore_errors=True)
-    for name, folder, _ in banks(args) if args.moe_experts is None else []:
-        target = assembled_dir(args) / name
-        target.mkdir(parents=True)
-        for _, path in tsm_lora.read_folder(folder):
-            shutil.copyfile(path, target / path.name)
+    own, sets = assembled_dir(args).resolve(), banks(args) if args.moe_experts is None else []
+    if any(folder.resolve().is_relative_to(own) for _, folder, _ in sets):
+        raise ValueError(
+            f"--core_experts or --context_experts lie in {own}, which this run writes; choose another --output_dir"
+        )
+    if own.exists() and not (Path(args.output_dir) / "args.json").exists():
+        raise ValueError(f"{own} exists and is not of this script; choose another --output_dir")
     write_args(args)
+    shutil.rmtree(own, ignore_errors=True)  # of a run that was stopped before its first checkpoint
+    for name, folder, _ in sets:
+        (own / name).mkdir(parents=True)
+        for _, path in tsm_lora.read_folder(folder):
+            shutil.copyfile(path, own / name / path.name)
 
 
 def save_assembled(experts, folder: Path, args: argparse.Namespace, step: int) -> None:
@@ -365,8 +380,12 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def run_settings(args: argparse.Namespace) -> dict:
-    settings = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
-    return settings | {k: os.path.abspath(v) for k, v in settings.items() if isinstance(v, str) and os.path.isdir(v)}
+    def whole(value):
+        if isinstance(value, list):
+            return [whole(v) for v in value]
+        return os.path.abspath(value) if isinstance(value, str) and os.path.isdir(value) else value
+
+    return {k: whole(v) for k, v in vars(args).items() if k not in FREE_FLAGS}
 
 
 def write_args(args: argparse.Namespace) -> None:
@@ -537,9 +556,8 @@ def assemble(pipe, train, validation, caches, args: argparse.Namespace, accelera
             positions = gather_object([position]) if args.streaming else []
             if accelerator.is_main_process:
                 state = training_state(experts, optimizer, lr_scheduler, accelerator.scaler, step, positions)
-                folder = Path(args.output_dir) / "checkpoints"
-                with new_checkpoint(folder, state, args.checkpoints_total_limit) as folder:
-                    save_assembled(experts, folder, args, step)
+                with new_checkpoint(Path(args.output_dir) / "checkpoints", state, args.checkpoints_total_limit):
+                    pass  # what can be sampled comes at the end, beside its experts
         if args.validation_steps and step % args.validation_steps == 0 and len(validation):
             by_interval = [
                 validation_losses(
@@ -560,12 +578,12 @@ def assemble(pipe, train, validation, caches, args: argparse.Namespace, accelera
 def validate(pipe, validation, args: argparse.Namespace, accelerator) -> dict[str, torch.Tensor]:
     """Losses (n intervals, N pictures) of the base, of each set of experts alone, and of all assembled."""
     sets = {"base": assembled_dir(args)}
-    sets |= {name[2:]: assembled_dir(args) / name for name, _, _ in banks(args)} if args.moe_experts is None else {}
+    sets |= {name: assembled_dir(args) / name for name, _, _ in banks(args)} if args.moe_experts is None else {}
     losses = {}
     for name, folder in (sets | {"assembled": assembled_dir(args)}).items():
         experts = tsm_lora.load_experts(pipe, folder)
         model, scheduler = Trainee(experts), experts.backbone.noise_scheduler(pipe)
-        with experts.off() if name == "base" else nullcontext():
+        with accelerator.autocast(), experts.off() if name == "base" else nullcontext():
             intervals = range(args.num_intervals)
             rows = [validation_losses(model, experts, scheduler, validation, args, i, accelerator) for i in intervals]
         losses[name] = torch.stack(rows)
@@ -607,11 +625,10 @@ def mean_gates(pipe, validation, args: argparse.Namespace, timesteps: list[int])
 def report(pipe, losses: dict[str, torch.Tensor], validation: Dataset, origin: str, args: argparse.Namespace) -> None:
     """Tables and pictures of losses and gates, the model card, and pictures of base, core and assembled experts."""
     out, bounds = Path(args.output_dir), tsm_lora.interval_bounds(args.num_intervals)
-    before = next((name for name in losses if name.startswith("core")), "base")
-    if args.symmetric:
-        before = max(
-            (name for name in losses if name.startswith("context")), key=lambda name: int(name.split("-n")[1])
-        )
+    before = "base"  # what stage 2 starts from: the core, or the finest scale
+    if args.moe_experts is None:
+        before = next((name for name, _, gated in banks(args) if not gated), None)
+        before = before or max((name for name, _, _ in banks(args)), key=lambda name: int(name.split("-n")[1]))
     records = []
     for i in range(args.num_intervals):
         gain = losses[before][i] - losses["assembled"][i]
@@ -620,6 +637,7 @@ def report(pipe, losses: dict[str, torch.Tensor], validation: Dataset, origin: s
         records[i] |= {"gain": gain.mean().item(), "standard_error": (gain.std() / len(gain) ** 0.5).item()}
     timesteps = list(range(10, tsm_lora.T, 20))
     gates, sizes = mean_gates(pipe, validation, args, timesteps)
+    sizes = sizes if args.moe_experts is None else None  # its gates are shares
     write_json(out / "validation.json", {"pictures_from": origin, "gates": sizes, "intervals": records})
     table = [f"| interval | timesteps | {' | '.join(losses)} | gain over {before} ± standard error |"]
     table += ["|---" * (len(losses) + 3) + "|"]
@@ -628,16 +646,15 @@ def report(pipe, losses: dict[str, torch.Tensor], validation: Dataset, origin: s
         timesteps_of, gain = "{}..{}".format(*r["timesteps"]), f"{r['gain']:+.5f} ± {r['standard_error']:.5f}"
         table.append(f"| {r['interval']} | {timesteps_of} | {cells} | {gain} |")
     print("\n".join([f"\nvalidation loss on {origin}, fixed noise; t grows with noise", *table]))
-    if args.moe_experts is None:
+    if sizes is not None:
         print(f"mean |E[t]| {sizes['E']:.4f}, mean |W_r x| {sizes['W_r x']:.4f}")
     plot_losses(records, out / "loss.png")
     plot_gates(gates, timesteps, out / "gates.png")
     write_card("\n".join(table), origin, args)
     prompts = args.validation_prompts or [row[args.caption_column] for row in islice(validation, 8)]
     images, rows = draw(pipe, prompts, args), ["base"]
-    for name, folder in ((before, core_folder(before, args)), ("assembled", assembled_dir(args))):
-        if name == "base":
-            continue
+    folders = {} if before == "base" else {before: assembled_dir(args) / before}
+    for name, folder in (folders | {"assembled": assembled_dir(args)}).items():
         experts = tsm_lora.load_experts(pipe, folder)
         images += draw(pipe, prompts, args)
         rows.append(name)
@@ -646,10 +663,6 @@ def report(pipe, losses: dict[str, torch.Tensor], validation: Dataset, origin: s
     print(f"\n{out / 'samples.png'}, from above: {', '.join(rows)}")
     for k, prompt in enumerate(prompts):
         print(f"  column {k + 1}: {prompt}")
-
-
-def core_folder(name: str, args: argparse.Namespace) -> Path | None:
-    return next(assembled_dir(args).glob(f"?-{name}"), None)
 
 
 def plot_losses(records: list[dict], path: Path) -> None:
@@ -679,6 +692,11 @@ def plot_gates(gates: torch.Tensor, timesteps: list[int], path: Path) -> None:
 
 def write_card(table: str, origin: str, args: argparse.Namespace) -> None:
     """README.md beside the experts, the model card of a hub repository."""
+    what = (
+        "the core's expert of its t plus the contexts' experts of that t times g(x, t) = W_r x + E[t]"
+        if args.moe_experts is None
+        else f"{args.moe_experts} experts mixed by a softmax over the {args.top_k} largest gates of the layer's input"
+    )
     (assembled_dir(args) / "README.md").write_text(
         f"""---
 base_model: {args.pretrained_model_name_or_path}
@@ -687,9 +705,8 @@ tags: [text-to-image, lora, timestep-experts]
 ---
 # Assembled timestep LoRA experts
 
-Timestep LoRA experts of several scales for `{args.pretrained_model_name_or_path}` and a router. t grows with noise:
-interval 0 is the cleanest. `tsm_lora.load_experts(pipe, folder)` runs, at each step, the core's expert of its t plus
-the contexts' experts of that t times g(x, t) = W_r x + E[t].
+LoRA experts for `{args.pretrained_model_name_or_path}` and their routers. t grows with noise: interval 0 is the
+cleanest. `tsm_lora.load_experts(pipe, folder)` runs, at each step, {what}.
 
 Validation loss on {origin}:
 
@@ -765,7 +782,8 @@ def main(args: argparse.Namespace) -> None:
     seen = args.global_batch * args.max_train_steps
     accelerator.print(f"{args.max_train_steps} steps of {args.global_batch} or {seen} pictures")
     caches = data.build_caches(pipe, train, validation, args, accelerator)
-    if (assembled_dir(args) / tsm_lora.ROUTER_FILE).exists():
+    finished = (assembled_dir(args) / tsm_lora.ROUTER_FILE).exists()
+    if finished and named_checkpoint(args, Path(args.output_dir) / "checkpoints") is None:
         accelerator.print("the routers are finished, skipping them")
     else:
         assemble(pipe, train, validation, caches, args, accelerator)

@@ -145,7 +145,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--dataloader_num_workers", type=int, default=0)
 
     add = parser.add_argument_group("logging and checkpoints").add_argument
-    add("--output_dir", help="a folder in output/ named after the settings if not given")
+    add("--output_dir", help="output/foster-n<num_intervals> or output/assemble if not given")
     add("--logging_dir", default="logs", help="below --output_dir")
     add("--report_to", help="tensorboard, wandb, ..., all or none; tensorboard if installed and nothing is given")
     add("--validation_steps", type=int, help="also measure the interval's validation loss every so many steps")
@@ -333,8 +333,12 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def run_settings(args: argparse.Namespace) -> dict:
-    settings = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
-    return settings | {k: os.path.abspath(v) for k, v in settings.items() if isinstance(v, str) and os.path.isdir(v)}
+    def whole(value):
+        if isinstance(value, list):
+            return [whole(v) for v in value]
+        return os.path.abspath(value) if isinstance(value, str) and os.path.isdir(value) else value
+
+    return {k: whole(v) for k, v in vars(args).items() if k not in FREE_FLAGS}
 
 
 def write_args(args: argparse.Namespace) -> None:

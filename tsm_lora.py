@@ -16,8 +16,15 @@ interval i; n = 1 is vanilla LoRA. A layer with base weight W computes at timest
 
     y = W x + b + (alpha / r) * B_i A_i x,   i = floor(t * n / T),   B_i = 0 at the start.
 
+Assembling (stage 2, Sec. 3.2, Eq. 5-7). Core i of one scale and contexts j of others, each the expert of its own
+interval that holds t, and gates that read the layer's input and the timestep; experts frozen, W_r = 0 and E = 0 at the
+start, so that it is the stage-1 model:
+
+    y = W x + b + core_i(x) + sum_j g_j(x, t) context_j(x),   g(x, t) = W_r x + E[t].
+
 Symbols: T training timesteps, n intervals, i interval index, t timestep, S experts held, r rank, B batch, L tokens,
-A (r, d_in) and B (d_out, r) the two factors of an expert. Shapes stand at line ends where they change.
+A (r, d_in) and B (d_out, r) the two factors of an expert; a bank is the experts of one scale, R all their ranks
+together, m the number of contexts, W_r (m, d_in), E (T, m). Shapes stand at line ends where they change.
 """
 
 import functools
@@ -138,9 +145,9 @@ class Routing:
         host = t.cpu() if on_host else None
         if on_host and (host.min() < 0 or host.max() > T):
             raise ValueError(f"timesteps {host.tolist()} leave 0..{T}; t must count {T} training steps")
-        everywhere = Bank(T, tuple(range(T)), 0)
-        slots = tuple(self._slot(bank, t, host) for bank in self.banks)
-        return Route(slots, self._slot(everywhere, t, host), self.scale * scale)
+        rows = interval_index(t if host is None else host, T)
+        row = rows.flatten()[0].item() if on_host and rows.unique().numel() == 1 else rows.to(t.device)
+        return Route(tuple(self._slot(bank, t, host) for bank in self.banks), row, self.scale * scale)
 
     def _slot(self, bank: Bank, t: torch.Tensor, host: torch.Tensor | None) -> int | torch.Tensor:
         if host is not None:
@@ -277,13 +284,13 @@ class ExpertLayer(nn.Module):
         """Iterator over the m gates, each with one channel."""
         if self.router.top_k is not None:
             shares = logits.float().softmax(dim)
-            kept = shares >= shares.topk(self.router.top_k, dim).values.amin(dim, keepdim=True)
+            kept = torch.zeros_like(shares).scatter(dim, shares.topk(self.router.top_k, dim).indices, 1.0)
             others = [d for d in range(shares.ndim) if d != dim % shares.ndim]
             # https://arxiv.org/abs/2404.15159, Eq. 6: m * sum_j (fraction of tokens sent to j) * (mean share of j)
-            fraction = kept.float().mean(others) / self.router.top_k
+            fraction = kept.mean(others) / self.router.top_k
             self.balance = shares.shape[dim] * (fraction * shares.mean(others)).sum()
-            logits = shares * kept
-            logits = (logits / logits.sum(dim, keepdim=True)).to(logits.dtype)
+            shares = shares * kept
+            logits = (shares / shares.sum(dim, keepdim=True)).to(logits.dtype)
         if self.watch is not None:
             self.watch(logits.movedim(dim, -1))
         return iter(logits.split(1, dim))
@@ -452,13 +459,12 @@ def attach_experts(
 
     Raises ValueError for an interval out of range, a module name that matches nothing, a rank beyond a layer's width.
     """
-    backbone = backbone_of(pipe)
     bounds = interval_bounds(num_intervals)
     indices = list(range(num_intervals)) if indices is None else sorted(set(indices))
     if not indices or indices[0] < 0 or indices[-1] >= num_intervals:
         raise ValueError(f"interval indices must lie in 0..{len(bounds) - 2}, got {indices}")
     banks = [Bank(num_intervals, tuple(indices), rank)]
-    return _fresh(pipe, backbone, banks, alpha, lora_layers, train_text_encoder, generator)
+    return _fresh(pipe, banks, generator, None, alpha, lora_layers, train_text_encoder)
 
 
 def attach_moe(
@@ -466,24 +472,23 @@ def attach_moe(
     num_experts: int,
     top_k: int = 2,
     rank: int = 4,
-    alpha: float | None = None,
-    lora_layers: Iterable[str] | None = None,
-    train_text_encoder: bool = True,
     generator: torch.Generator | None = None,
+    **options,
 ) -> "Experts":
     """MoE LoRA, the paper's rival (appendix C.2, after MixLoRA): `num_experts` fresh LoRAs that all serve every t,
     mixed by a softmax over the `top_k` largest gates of the layer's input. Experts and routers train, with
-    `experts.balance_loss()` beside the diffusion loss. Arguments and errors as of `attach_experts`."""
+    `experts.balance_loss()` beside the diffusion loss. `options` and errors are those of `attach_experts`."""
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k must lie in 1..{num_experts}, the number of experts, got {top_k}")
     banks, router = [Bank(1, (0,), rank, gated=True)] * num_experts, Router("feature", top_k)
-    experts = _fresh(pipe, backbone_of(pipe), banks, alpha, lora_layers, train_text_encoder, generator, router)
+    experts = _fresh(pipe, banks, generator, router, **options)
     for layer in experts.layers.values():  # equal gates would never send a token beyond the first k experts
         layer.W_r.data.copy_(torch.empty(layer.W_r.shape).normal_(std=0.02, generator=generator))
     return experts
 
 
-def _fresh(pipe, backbone, banks, alpha, lora_layers, train_text_encoder, generator, router=None) -> "Experts":
+def _fresh(pipe, banks, generator, router, alpha=None, lora_layers=None, train_text_encoder=True) -> "Experts":
+    backbone = backbone_of(pipe)
     targets = {backbone.denoiser: tuple(lora_layers or backbone.targets)}
     if train_text_encoder:
         targets |= backbone.text_encoders
@@ -594,7 +599,8 @@ def unload_experts(pipe) -> None:
 
 
 class Experts:
-    """The experts attached to a pipeline; made by `attach_experts` (to train) or `load_experts` (to sample)."""
+    """The experts attached to a pipeline; made by `attach_experts`, `assemble_experts` or `attach_moe` (to train), or
+    by `load_experts` (to sample)."""
 
     def __init__(self, pipe, backbone, targets, banks, alpha, scale=1.0, router=None):
         if "_tsm_experts" in vars(pipe):
@@ -618,6 +624,7 @@ class Experts:
             base.tsm = self.layers[name] = ExpertLayer(base, self.routing, scaling, router)
             self._handles.append(base.register_forward_hook(_add_experts))
         denoiser = self.components[backbone.denoiser]
+        self._denoiser_modules = list(denoiser.modules())
         self._argument_names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
         self._handles.append(denoiser.register_forward_pre_hook(self._before_denoiser, with_kwargs=True))
         self._handles.append(denoiser.register_forward_hook(self._after_denoiser, always_call=True))
@@ -638,10 +645,9 @@ class Experts:
         layers = [layer for name, layer in self.layers.items() if component in ("", name.split(".")[0])]
         return [p for layer in layers for p in layer.parameters()]
 
-    def router_parameters(self, component: str = "") -> list[nn.Parameter]:
-        """W_r and E of every layer (of one component)."""
-        layers = [layer for name, layer in self.layers.items() if component in ("", name.split(".")[0])]
-        return [p for layer in layers for p in (layer.W_r, layer.E) if p is not None]
+    def router_parameters(self) -> list[nn.Parameter]:
+        """W_r and E of every layer."""
+        return [parameter for _, parameter in self._router_entries()]
 
     def train_only(self, parameters: Iterable[nn.Parameter]) -> None:
         """Freeze everything else: base weights, and experts while routers train."""
@@ -707,11 +713,11 @@ class Experts:
         """Gradient checkpointing whose recomputation runs at the t of its own forward, also if t has changed since."""
         func = functools.partial(checkpoint, use_reentrant=False, context_fn=self.routing.recompute_context)
         for component in self.components.values():
-            component.train()  # transformers checkpoints in training mode only
+            component.eval()  # no dropout anywhere
             for module in component.modules():
-                if isinstance(module, nn.Dropout):
-                    module.eval()
                 if hasattr(module, "gradient_checkpointing"):
+                    # transformers checkpoints in training mode only; T5's attention would drop out in that mode
+                    module.training = not isinstance(getattr(module, "dropout", None), float)
                     module.gradient_checkpointing, module._gradient_checkpointing_func = True, func
 
     def unload(self) -> None:
@@ -742,6 +748,12 @@ class Experts:
             arguments |= self._conditions(t, route, arguments)
         if self._originals:
             self._fold(t, route)
+        if any(module._compiled_call_impl is not None for module in self._denoiser_modules):
+
+            def tensor(index):  # an int would be compiled in, and each t would be compiled anew
+                return torch.tensor(index, device=t.device) if isinstance(index, int) else index
+
+            route = replace(route, slots=tuple(map(tensor, route.slots)), row=tensor(route.row))
         self.routing.route = replace(route, folded=bool(self._originals))
         return (), arguments
 
@@ -751,7 +763,7 @@ class Experts:
     # -- text-encoder experts under a plain `pipe(prompt)`
 
     def follow_prompts(self) -> None:
-        """Encode each prompt once per interval in use, or per timestep where there are routers. Pipelines encode
+        """Encode each prompt once per interval in use, or per timestep where routers read it. Pipelines encode
         before they know their timesteps, so remember the arguments of `encode_prompt`, and at the denoiser swap in the
         conditions of its t."""
         if len(self.targets) == 1:
@@ -805,7 +817,8 @@ class Experts:
 
     def _key(self, route: Route) -> tuple[int, ...] | None:
         """What text-encoder experts depend on at one t; None where a batch mixes several."""
-        key = route.slots if self.router is None else (*route.slots, route.row)
+        by_timestep = self.router is not None and self.router.inputs != "feature"
+        key = (*route.slots, route.row) if by_timestep else route.slots
         return key if all(isinstance(index, int) for index in key) else None
 
     # -- folding
@@ -820,6 +833,8 @@ class Experts:
         nothing is folded. Raises ValueError for offloaded, half-precision or quantised weights: W + BA rounded to bf16
         loses about half of an expert of |BA| = 0.2 % |W|.
         """
+        if self._originals:
+            raise RuntimeError("these experts are folded already")
         core = not all(bank.gated for bank in self.routing.banks)
         bases = {
             name: base for name, base in self.bases.items() if core and name.split(".")[0] == self.backbone.denoiser

@@ -65,8 +65,9 @@ def settings_of(method: str, rate: float, seed: int, args, accelerator) -> argpa
     steps = args.total_steps if method == "moe" else -(-args.router_samples // args.train_batch_size)
     flags = [*METHODS[method], "--max_train_steps", steps, "--learning_rate", rate, "--seed", seed]
     flags += ["--train_batch_size", args.train_batch_size, "--max_validation_samples", 128, "--report_to", "none"]
-    flags += ["--core_experts", fostered("n8-r4", args.core_rate, seed, args, accelerator)]
-    flags += ["--context_experts", fostered("n1-r4", args.context_rate, seed, args, accelerator)]
+    if method != "moe":
+        flags += ["--core_experts", fostered("n8-r4", args.core_rate, seed, args, accelerator)]
+        flags += ["--context_experts", fostered("n1-r4", args.context_rate, seed, args, accelerator)]
     flags += ["--output_dir", Path(args.work_dir) / f"{args.domain}-{method}-lr{rate:g}-seed{seed}"]
     flags += ["--resume_from_checkpoint", "latest", "--checkpointing_steps", 500, "--checkpoints_total_limit", 1]
     if of_foster.train_data_dir:

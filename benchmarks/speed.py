@@ -82,9 +82,12 @@ def pipeline(unet) -> StableDiffusionPipeline:
     return StableDiffusionPipeline.from_pretrained(ROOT / "mini/sd15", unet=unet, dtype=torch.float32)
 
 
-def twin(unet):
-    """A model of its own modules that shares the weights."""
-    return copy.deepcopy(unet, memo={id(p): p for p in unet.parameters()})
+def twin(unet, args, share: bool = True):
+    """A model of its own modules that shares the weights, or has its own; compiled blocks are lost in copying."""
+    own = copy.deepcopy(unet, memo={id(p): p for p in unet.parameters()} if share else None)
+    if args.compile:
+        own.compile_repeated_blocks()
+    return own
 
 
 def save_experts(pipe, root: Path, n: int) -> Path:
@@ -142,15 +145,15 @@ def training_variants(unet, args, root: Path, stack: ExitStack) -> dict:
         return run
 
     unet.requires_grad_(False)
-    variants = {"floor: frozen base": (step(twin(unet), [], all_t), "PEFT LoRA")}
-    peft = peft_model(twin(unet), 1)
+    variants = {"floor: frozen base": (step(twin(unet, args), [], all_t), "PEFT LoRA")}
+    peft = peft_model(twin(unet, args), 1)
     variants["PEFT LoRA"] = step(peft, [p for p in peft.parameters() if p.requires_grad], all_t), "floor: frozen base"
     for n in (1, 8, 64):
-        experts = tsm_lora.attach_experts(pipeline(twin(unet)), n, [0], rank=RANK, train_text_encoder=False)
+        experts = tsm_lora.attach_experts(pipeline(twin(unet, args)), n, [0], rank=RANK, train_text_encoder=False)
         variants[f"stage 1, n = {n}"] = step(experts.pipe.unet, experts.parameters(), one_interval), "PEFT LoRA"
     for contexts in ((1,), (1, 2, 4)):
-        folders = [save_experts(pipeline(twin(unet)), root / str(contexts), n) for n in (8, *contexts)]
-        experts = tsm_lora.assemble_experts(pipeline(twin(unet)), folders[0], folders[1:])
+        folders = [save_experts(pipeline(twin(unet, args)), root / str(contexts), n) for n in (8, *contexts)]
+        experts = tsm_lora.assemble_experts(pipeline(twin(unet, args)), folders[0], folders[1:])
         name = f"stage 2, core 8, contexts {', '.join(map(str, contexts))}"
         variants[name] = step(experts.pipe.unet, experts.router_parameters(), all_t), "PEFT LoRA"
     return variants
@@ -177,24 +180,24 @@ def sampling_variants(unet, args, root: Path, stack: ExitStack) -> dict:
         return run
 
     unet.requires_grad_(False)
-    one = save_experts(pipeline(twin(unet)), root, 1)
-    core = save_experts(pipeline(twin(unet)), root, 8)
-    two, four = (save_experts(pipeline(twin(unet)), root, n) for n in (2, 4))
+    one = save_experts(pipeline(twin(unet, args)), root, 1)
+    core = save_experts(pipeline(twin(unet, args)), root, 8)
+    two, four = (save_experts(pipeline(twin(unet, args)), root, n) for n in (2, 4))
     assembled = {
-        "contexts 1": save_assembled(pipeline(twin(unet)), root, [core, one], "a"),
-        "contexts 1, 2, 4": save_assembled(pipeline(twin(unet)), root, [core, one, two, four], "b"),
+        "contexts 1": save_assembled(pipeline(twin(unet, args)), root, [core, one], "a"),
+        "contexts 1, 2, 4": save_assembled(pipeline(twin(unet, args)), root, [core, one, two, four], "b"),
     }
 
     def loaded(folder, fold=False):
-        own = pipeline(copy.deepcopy(unet) if fold else twin(unet))  # folding writes into the weights
+        own = pipeline(twin(unet, args, share=not fold))  # folding writes into the weights
         experts = tsm_lora.load_experts(own, folder)
         if fold:
             stack.enter_context(experts.folded())
         return unit(own.unet)
 
-    peft = peft_model(twin(unet), 1).to(dtype)
-    switching = peft_model(twin(unet), 8).to(dtype)
-    variants = {"base": (unit(twin(unet)), "PEFT unmerged"), "PEFT unmerged": (unit(peft), "base")}
+    peft = peft_model(twin(unet, args), 1).to(dtype)
+    switching = peft_model(twin(unet, args), 8).to(dtype)
+    variants = {"base": (unit(twin(unet, args)), "PEFT unmerged"), "PEFT unmerged": (unit(peft), "base")}
     variants["PEFT switching adapters"] = unit(switching, lambda i: switching.set_adapter(str(i))), "base"
     variants["stage 1 unfolded"] = loaded(core), "base"
     foldable = dtype == torch.float32
@@ -263,8 +266,6 @@ def main(args: argparse.Namespace) -> None:
     random.seed(0)
     for part in args.parts:
         unet = build_unet(args).eval().to(args.device, DTYPES[args.dtype])
-        if args.compile:
-            unet.compile_repeated_blocks()
         with tempfile.TemporaryDirectory() as root, ExitStack() as stack:
             make = training_variants if part == "train" else sampling_variants
             result[part] = measure(make(unet, args, Path(root), stack), args.rounds, args.device)

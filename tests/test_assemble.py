@@ -404,6 +404,16 @@ def test_one_compiled_graph_serves_all_t(pipe, tmp_path):
         for t in (torch.tensor(3), torch.tensor(400), torch.tensor(999)):
             torch.testing.assert_close(compiled(x, t, cond).sample, pipe.unet(x, t, cond).sample)
             assert len(graphs) == 2  # the hook that reads t, and the whole UNet
+        expected = [pipe.unet(x, torch.tensor(t), cond).sample for t in range(5, 1000, 90)]
+        graphs.clear()
+        torch._dynamo.reset()
+        for module in pipe.unet.modules():
+            if type(module).__name__ == "BasicTransformerBlock":
+                module.compile(backend=count, dynamic=False)
+        shapes = pipe.unet(x, torch.tensor(5), cond) and len(graphs)
+        for t, output in zip(range(5, 1000, 90), expected):
+            torch.testing.assert_close(pipe.unet(x, torch.tensor(t), cond).sample, output)
+        assert len(graphs) == shapes > 0  # compiled blocks: no other graph for any other t
 
 
 # -- files

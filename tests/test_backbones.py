@@ -67,6 +67,20 @@ def test_mixed_batch_equals_single_samples():
         torch.testing.assert_close(together[k : k + 1], alone, atol=1e-5, rtol=1e-5)
 
 
+def test_gradient_checkpointing_gives_equal_gradients_without_dropout():
+    """T5's attention drops out in training mode, which checkpointing needs elsewhere."""
+    grads = []
+    for checkpointing in (False, True):
+        pipe = tiny_pixart()
+        experts = fill(attach_experts(pipe, 4, generator=torch.Generator().manual_seed(0)))
+        if checkpointing:
+            experts.enable_gradient_checkpointing()
+        x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+        experts.predict(x, torch.tensor([20, 400, 900]), ["a", "bc", "def"]).square().mean().backward()
+        grads.append([p.grad for p in experts.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-7, rtol=1e-5) and b.abs().sum() > 0 for a, b in zip(*grads))
+
+
 def test_pixart_of_1024_pixels_is_told_the_size():
     pipe = tiny_pixart()
     pipe.transformer.register_to_config(sample_size=128)

@@ -38,9 +38,10 @@ def fostered(world, tmp_path_factory):
 
 
 def command(world, fostered, out, *flags, core=8, contexts=(1,)):
+    experts = ("--core_experts", str(fostered[core]), "--context_experts", *(str(fostered[n]) for n in contexts))
     return [
         *("--pretrained_model_name_or_path", str(world / "model"), "--train_data_dir", str(world / "images")),
-        *("--core_experts", str(fostered[core]), "--context_experts", *(str(fostered[n]) for n in contexts)),
+        *(() if "--moe_experts" in flags else experts),
         *("--output_dir", str(out), "--max_train_steps", "6", "--train_batch_size", "4", "--learning_rate", "0.05"),
         *("--random_flip", "--proportion_empty_prompts", "0.2", "--num_inference_steps", "2"),
         *("--lr_scheduler", "cosine", "--lr_warmup_steps", "2"),
@@ -75,7 +76,7 @@ def test_full_run(world, fostered, full_run):
     table = json.loads((out / "validation.json").read_text())
     assert [r["interval"] for r in table["intervals"]] == list(range(8))
     for record in table["intervals"]:
-        assert set(record["loss"]) == {"base", "core-n8", "context-n1", "assembled"}
+        assert set(record["loss"]) == {"base", "0-core-n8", "1-context-n1", "assembled"}
         assert len(set(record["loss"].values())) == 4
     assert table["gates"]["E"] > 0 and table["gates"]["W_r x"] > 0
     assert Image.open(out / "samples.png").size == (256, 384)  # base, core, assembled
@@ -106,6 +107,8 @@ CONFIGURATIONS = {
     "symmetric 1, 8": ({}, ("--symmetric",)),
     "feature": ({}, ("--router_inputs", "feature")),
     "timestep": ({}, ("--router_inputs", "timestep")),
+    "bf16": ({}, ("--mixed_precision", "bf16")),
+    "contexts 1, 1": ({"contexts": (1, 1)}, ()),
     "MoE LoRA": ({}, ("--moe_experts", 3, "--rank", 2, "--train_text_encoder")),
 }
 
@@ -137,9 +140,9 @@ def test_gated_start_is_stage_1_in_the_scripts_own_table(world, fostered, tmp_pa
         out = tmp_path / f"run{len(flags)}"
         run(world, fostered, out, "--learning_rate", 0, "--max_train_steps", 1, *flags)
         for record in json.loads((out / "validation.json").read_text())["intervals"]:
-            core = record["loss"]["context-n8" if flags else "core-n8"]
+            core = record["loss"]["0-context-n8" if flags else "0-core-n8"]
             assert record["loss"]["assembled"] == pytest.approx(core, rel=1e-6)
-            assert record["loss"]["context-n1"] != pytest.approx(core, rel=1e-4)
+            assert record["loss"]["1-context-n1"] != pytest.approx(core, rel=1e-4)
 
 
 def test_killed_run_resumes_bit_identically(world, fostered, full_run, tmp_path):
@@ -161,11 +164,12 @@ def test_killed_run_resumes_bit_identically(world, fostered, full_run, tmp_path)
 
 def test_resume_from_a_named_checkpoint(world, fostered, full_run, tmp_path):
     run(world, fostered, tmp_path, "--checkpointing_steps", 2)
-    (tmp_path / "assembled" / "router.safetensors").unlink()
+    written = (tmp_path / "assembled" / "router.safetensors").stat().st_mtime_ns
     state = torch.load(tmp_path / "checkpoints" / "checkpoint-2" / "state.pt", weights_only=True)
     assert all(k.endswith((".W_r", ".E")) for k in state["experts"])  # trainable state only
     again = run(world, fostered, tmp_path, "--resume_from_checkpoint", "checkpoint-2")
     assert_identical(routers(again), routers(full_run))
+    assert (again / "router.safetensors").stat().st_mtime_ns > written
 
 
 def test_two_processes_accumulation_and_checkpointing_equal_one_process(world, fostered, full_run, tmp_path):
@@ -198,7 +202,20 @@ def test_wrong_input(world, fostered, full_run, tmp_path, monkeypatch):
     refused("lacks the experts", "--core_experts", broken(fostered[4], tmp_path / "broken"))
     refused("--top_k must lie in 1..2", "--moe_experts", 2, "--top_k", 3)
     refused("need the timestep", "--symmetric", "--router_inputs", "feature")
+    refused("--rank, --top_k has no effect without", "--rank", 7, "--top_k", 1)
+    refused("--symmetric has no effect with", "--moe_experts", 2, "--symmetric")
+    refused("follows t", "--cache_text_embeddings")
+    refused("frozen text encoders", "--moe_experts", 2, "--train_text_encoder", "--cache_text_embeddings")
+    (tmp_path / "y" / "assembled").mkdir(parents=True)
+    (tmp_path / "y" / "assembled" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not of this script"):
+        run(world, fostered, tmp_path / "y")
+    assert (tmp_path / "y" / "assembled" / "thesis.txt").exists()
     out = full_run.parent
+    with pytest.raises(ValueError, match="lie in .* which this run writes"):
+        copied = shutil.copytree(out, tmp_path / "z")
+        (copied / "assembled" / "router.safetensors").unlink()
+        run(world, fostered, copied, "--core_experts", copied / "assembled" / "0-core-n8")
     with pytest.raises(ValueError, match="--resume_from_checkpoint latest"):
         run(world, fostered, out)
     with pytest.raises(ValueError, match="another run.*--learning_rate"):

@@ -497,6 +497,8 @@ def test_off_is_the_base_also_while_folded(pipe, tmp_path):
     plain = pipe.unet(*inputs).sample
     with experts.folded():
         pipe.unet(*inputs)
+        with pytest.raises(RuntimeError, match="folded already"), experts.folded():
+            pass
         with experts.off():
             assert torch.equal(pipe.unet(*inputs).sample, base)
         torch.testing.assert_close(pipe.unet(*inputs).sample, plain)
