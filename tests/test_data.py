@@ -207,6 +207,29 @@ def test_cached_latents_equal_fresh_ones(world, tmp_path):  # noqa: F811
     assert flips == {True, False}
 
 
+def test_caches_of_something_else_are_made_anew(world, tmp_path, monkeypatch):
+    """Another interpolation, another model; and a cache that was cut in the writing does not count as complete."""
+    args, pipe, path = settings(world, "--center_crop"), tiny_sd(), tmp_path / "latents.bin"
+    rows = data.load_rows(world / "images", args)
+    first = data.cache_latents(pipe, rows, args, ALONE, path).clone()
+    args.image_interpolation_mode = "nearest"
+    assert not torch.allclose(data.cache_latents(pipe, rows, args, ALONE, path), first)
+    args.image_interpolation_mode, other = "lanczos", tiny_sd(seed=1)
+    other.register_to_config(_name_or_path="other")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "encode", killed)
+        data.cache_latents(other, rows, args, ALONE, path)
+    assert torch.equal(data.cache_latents(pipe, rows, args, ALONE, path), first)
+    text = data.cache_conditions(pipe, rows, args, ALONE, tmp_path / "text")["encoder_hidden_states"].clone()
+    assert text.shape == (23, 12, 16) and not torch.equal(text[0], text[1])  # the empty caption is the last
+    different = data.cache_conditions(other, rows, args, ALONE, tmp_path / "text")["encoder_hidden_states"]
+    assert not torch.allclose(different, text)
+
+
 def test_training_with_cached_latents(world, tmp_path):  # noqa: F811
     flags = (*FLAGS, "--center_crop")
     fresh = tensors(run(world, tmp_path / "fresh", *flags), 2)
