@@ -25,7 +25,7 @@ FLAGS = ("--interval_indices", 2, "--resolution", 16)
 
 
 @pytest.fixture(scope="session")
-def sources(world, tmp_path_factory):  # noqa: F811
+def sources(world, tmp_path_factory):
     """The pictures of the image folder once more as parquet, as shards and with metadata.csv."""
     root = tmp_path_factory.mktemp("sources")
     rows = [json.loads(line) for line in (world / "images" / "metadata.jsonl").read_text().splitlines()]
@@ -62,12 +62,12 @@ def write_shards(folder, records, per_shard=6):
     return folder
 
 
-def settings(world, *flags):  # noqa: F811
+def settings(world, *flags):
     return train_foster.parse_args(command(world, "x", "--resolution", "16", *flags))
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "tar", "hub"])
-def test_each_source_gives_the_experts_of_the_image_folder(world, sources, full_run_16, tmp_path, kind):  # noqa: F811
+def test_each_source_gives_the_experts_of_the_image_folder(world, sources, full_run_16, tmp_path, kind):
     flags = {
         "tar": ("--train_data_dir", sources / "tar", "--image_column", "png", "--caption_column", "txt"),
         "hub": ("--dataset_name", str(sources / "parquet")),
@@ -82,11 +82,11 @@ def test_each_source_gives_the_experts_of_the_image_folder(world, sources, full_
 
 
 @pytest.fixture(scope="session")
-def full_run_16(world, tmp_path_factory):  # noqa: F811
+def full_run_16(world, tmp_path_factory):
     return run(world, tmp_path_factory.mktemp("full16"), *FLAGS)
 
 
-def test_reward_weights_the_loss(world, sources):  # noqa: F811
+def test_reward_weights_the_loss(world, sources):
     args = settings(world, "--reward_column", "reward")
     rows = data.load_rows(sources / "parquet", args)
     sample = data.Pictures(rows, args, (4, 8, 8), augment=True)[7, 0, 2, 5]
@@ -99,7 +99,7 @@ def test_reward_weights_the_loss(world, sources):  # noqa: F811
 # -- streams
 
 
-def stream(world, sources, position=None, accelerator=ALONE, folder="tar", flags=()):  # noqa: F811
+def stream(world, sources, position=None, accelerator=ALONE, folder="tar", flags=()):
     flags = ("--streaming", "--image_column", "png", "--caption_column", "txt", *flags)
     args = settings(world, "--train_batch_size", "4", *flags)
     rows = data.load_rows(sources / folder, args, streaming=True)
@@ -112,14 +112,14 @@ def read(batches, count):
     return [caption for batch in got for caption in batch["caption"]], got[-1]["position"]
 
 
-def test_stream_visits_every_record_once_an_epoch(world, sources):  # noqa: F811
+def test_stream_visits_every_record_once_an_epoch(world, sources):
     captions, position = read(stream(world, sources, flags=("--proportion_empty_prompts", "0")), 11)
     assert sorted(captions[:22]) == sorted(f"thing {k}" for k in range(22)) == sorted(captions[22:])
     assert captions[:22] != captions[22:] and position["epoch"] == 1 and position["records"] == 44
 
 
 @pytest.mark.parametrize("after, workers", [(1, 0), (3, 0), (5, 2), (6, 0), (9, 2)])
-def test_stream_goes_on_at_its_shard_position(world, sources, after, workers):  # noqa: F811
+def test_stream_goes_on_at_its_shard_position(world, sources, after, workers):
     whole, _ = read(stream(world, sources), 12)
     flags = ("--dataloader_num_workers", str(workers))
     first, position = read(stream(world, sources, flags=flags), after)
@@ -134,7 +134,7 @@ def saved(position):
     return file.getvalue()
 
 
-def test_streams_of_two_processes_share_the_shards(world, sources):  # noqa: F811
+def test_streams_of_two_processes_share_the_shards(world, sources):
     captions = []
     for rank in range(2):
         accelerator = SimpleNamespace(num_processes=2, process_index=rank)
@@ -144,7 +144,7 @@ def test_streams_of_two_processes_share_the_shards(world, sources):  # noqa: F81
     assert len(set(captions)) == 16
 
 
-def test_corrupt_records_stop_or_are_named_counted_and_skipped(world, sources, tmp_path, capsys):  # noqa: F811
+def test_corrupt_records_stop_or_are_named_counted_and_skipped(world, sources, tmp_path, capsys):
     records = []
     for k in range(22):
         picture = io.BytesIO()
@@ -162,7 +162,7 @@ def test_corrupt_records_stop_or_are_named_counted_and_skipped(world, sources, t
     assert "0003" in printed and "0009" in printed and "skipped (2 so far)" in printed
 
 
-def test_streamed_training_resumes(world, sources, tmp_path):  # noqa: F811
+def test_streamed_training_resumes(world, sources, tmp_path):
     flags = ("--train_data_dir", sources / "tar", "--image_column", "png", "--caption_column", "txt", "--streaming")
     flags += ("--validation_data_dir", sources / "tar", *FLAGS, "--checkpointing_steps", 2)
     whole = run(world, tmp_path / "whole", *flags)
@@ -183,7 +183,7 @@ def test_streamed_training_resumes(world, sources, tmp_path):  # noqa: F811
         (["--cache_latents"], "cannot cache random crops"),
     ],
 )
-def test_wrong_combinations(world, tmp_path, flags, message):  # noqa: F811
+def test_wrong_combinations(world, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         run(world, tmp_path, *flags)
 
@@ -191,7 +191,7 @@ def test_wrong_combinations(world, tmp_path, flags, message):  # noqa: F811
 # -- the latent cache
 
 
-def test_cached_latents_equal_fresh_ones(world, tmp_path):  # noqa: F811
+def test_cached_latents_equal_fresh_ones(world, tmp_path):
     """The same sample, shuffled, cropped in the centre and flipped."""
     args = settings(world, "--center_crop")
     rows, pipe = data.load_rows(world / "images", args), tiny_sd()
@@ -230,7 +230,7 @@ def test_caches_of_something_else_are_made_anew(world, tmp_path, monkeypatch):
     assert not torch.allclose(different, text)
 
 
-def test_training_with_cached_latents(world, tmp_path):  # noqa: F811
+def test_training_with_cached_latents(world, tmp_path):
     flags = (*FLAGS, "--center_crop")
     fresh = tensors(run(world, tmp_path / "fresh", *flags), 2)
     cached = tensors(run(world, tmp_path / "cached", *flags, "--cache_latents"), 2)
@@ -244,7 +244,7 @@ def test_training_with_cached_latents(world, tmp_path):  # noqa: F811
     assert (tmp_path / "cached" / "latents.bin").stat().st_mtime_ns == before  # a complete cache is used again
 
 
-def test_file_names_do_not_found_splits(world, tmp_path):  # noqa: F811
+def test_file_names_do_not_found_splits(world, tmp_path):
     folder = tmp_path / "images"
     shutil.copytree(world / "images", folder)
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]

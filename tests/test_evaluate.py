@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import tiny_sd
 from PIL import Image
-from test_train_foster import run, world  # noqa: F401
+from test_train_foster import run
 from test_tsm_lora import save_all
 
 import evaluate
@@ -82,7 +82,7 @@ def test_mean_and_error():
     assert math.isnan(evaluate.mean_and_error([1.0])[1])
 
 
-def test_loss_equals_that_of_training(world, tmp_path):  # noqa: F811
+def test_loss_equals_that_of_training(world, tmp_path):
     """The same pictures, t and noise, whichever script asks; and a table with other intervals than the experts'."""
     folder = run(world, tmp_path / "run", "--validation_data_dir", world / "images")
     table = json.loads((tmp_path / "run" / "validation.json").read_text())["intervals"]
