@@ -48,13 +48,8 @@ from torch.utils.checkpoint import checkpoint
 T = 1000  # training timesteps of every supported model
 FORMAT_VERSION = 1
 SHARED_FACTS = ("backbone", "targets", "prediction_type")  # equal in all experts that work together
-FACTS = (
-    "interval_index",
-    "num_intervals",
-    "rank",
-    "base_fingerprint",
-    *SHARED_FACTS,
-)  # what a loader needs of a header
+# What a loader needs of a header.
+FACTS = ("interval_index", "num_intervals", "rank", "base_fingerprint", *SHARED_FACTS)
 ROUTER_FACTS = ("banks", "router", "experts", "base_fingerprint", *SHARED_FACTS)
 ROUTER_FILE = "router.safetensors"
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
@@ -308,12 +303,6 @@ class ExpertLayer(nn.Module):
         """(m, c_in) as the centre of an otherwise empty kernel, (m, c_in, kh, kw)."""
         kh, kw = self.A.shape[2:]
         return F.pad(W_r[:, :, None, None], (kw // 2, (kw - 1) // 2, kh // 2, (kh - 1) // 2))
-
-    def delta(self, slot: int) -> torch.Tensor:
-        """What an expert of the first bank, the core, adds to the base weight, alpha / r * B A in fp32:
-        (d_out, d_in[, kh, kw])."""
-        A, B = (factor.detach().float() for factor in self.expert(slot))
-        return (B.t() @ A.flatten(1)).view(B.shape[1], *A.shape[1:]) * self.scaling
 
 
 def _layer_shape(base: nn.Module) -> tuple[tuple[int, ...], int]:

@@ -60,6 +60,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def intervals_of(run: str) -> int:
+    return 1 if run == "full" else int(run[1:].split("-r")[0])
+
+
 def budgets(n: int, args: argparse.Namespace) -> list[int]:
     """Steps per expert at which a run of n experts is measured."""
     steps = args.total_steps // n
@@ -202,7 +206,7 @@ def flat_scores(entry: dict) -> dict[str, float]:
 
 def row_of(run: str, step: int, records: list[dict], reference: list[dict] | None, of_base: dict) -> dict:
     """One line of the table: means over the seeds, and differences to the reference, paired by seed."""
-    n = 1 if run == "full" else int(run[1:].split("-r")[0])
+    n = intervals_of(run)
     losses = [torch.tensor(record[str(step)]["loss"]) for record in records]  # (8, N) each
     row = {"run": run, "steps_per_expert": step, "total_steps": step * n, "learning_rate": records[0]["learning_rate"]}
     row |= {"loss": mean_and_error([x.mean().item() for x in losses])}
@@ -242,7 +246,7 @@ def tables(records: dict[str, list[dict]], of_base: dict, args: argparse.Namespa
     lists: dict[str, list[dict]] = {"equal_total_steps": [], "equal_steps_per_expert": [], "curve": []}
     short = args.total_steps // MOST_INTERVALS
     for run, own in records.items():
-        n = 1 if run == "full" else int(run[1:].split("-r")[0])
+        n = intervals_of(run)
         last = args.total_steps // n
         against = None if run == REFERENCE or not reference else reference
         lists["equal_total_steps"].append(row_of(run, last, own, against and (against, args.total_steps), of_base))
@@ -277,7 +281,7 @@ def main(args: argparse.Namespace) -> None:
     of_base = base(args, accelerator)
     records, tried = {}, {}
     for run in args.runs:
-        last = str(args.total_steps // (1 if run == "full" else int(run[1:].split("-r")[0])))
+        last = str(args.total_steps // intervals_of(run))
 
         def loss_at(rate, run=run, last=last):
             record = measure(run, rate, args.seeds[0], args, accelerator, False)

@@ -31,6 +31,12 @@ from transformers import (  # noqa: E402
 torch.set_num_threads(1)
 
 
+def delta(layer, slot: int, bank: int = 0) -> torch.Tensor:
+    """What an expert adds to the base weight, alpha / r * B A in fp32: (d_out, d_in[, kh, kw])."""
+    A, B = (factor.detach().float() for factor in layer.expert(slot, bank))
+    return (B.t() @ A.flatten(1)).view(B.shape[1], *A.shape[1:]) * layer.scaling
+
+
 def tiny_tokenizer(length: int = 12) -> CLIPTokenizer:
     """CLIP's byte vocabulary without merges: every text can be encoded, a letter a token."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

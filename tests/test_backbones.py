@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_pixart
+from conftest import delta, tiny_pixart
 from test_tsm_lora import PROMPTS, fill, relative
 
 from tsm_lora import T, attach_experts, load_experts
@@ -28,7 +28,7 @@ def test_pixart_pipeline_equals_hand_written_loop(tmp_path, guidance):
     experts = load_experts(pipe, save_experts(pipe, tmp_path, n))
     ours = pipe(**call, generator=torch.Generator().manual_seed(3)).images
     again = pipe(**call, generator=torch.Generator().manual_seed(3)).images
-    deltas = [{name: layer.delta(i) for name, layer in experts.layers.items()} for i in range(n)]
+    deltas = [{name: delta(layer, i) for name, layer in experts.layers.items()} for i in range(n)]
     experts.unload()
     base = pipe(**call, generator=torch.Generator().manual_seed(3)).images
     modules = {f"{c}.{k}": m for c in ("transformer", "text_encoder") for k, m in getattr(pipe, c).named_modules()}
@@ -37,8 +37,8 @@ def test_pixart_pipeline_equals_hand_written_loop(tmp_path, guidance):
     x = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(3)) * pipe.scheduler.init_noise_sigma
     for t in pipe.scheduler.timesteps:
         i = min(math.floor(t), T - 1) * n // T
-        for name, delta in deltas[i].items():
-            modules[name].weight.data = originals[name] + delta
+        for name, addition in deltas[i].items():
+            modules[name].weight.data = originals[name] + addition
         embeds = pipe.encode_prompt(PROMPTS["prompt"], True, PROMPTS["negative_prompt"], 2)
         preds = [
             pipe.transformer(

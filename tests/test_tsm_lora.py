@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import tiny_sd
+from conftest import delta, tiny_sd
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -518,21 +518,21 @@ def test_bf16_is_as_near_to_fp32_as_peft(pipe, tmp_path):
     unmerged, beside that of a layer without its expert."""
     experts = fill(attach_experts(pipe, 1, rank=4, train_text_encoder=False))
     for name, layer in experts.layers.items():
-        layer.B.data *= 0.1 * experts.bases[name].weight.norm() / layer.delta(0).norm()
+        layer.B.data *= 0.1 * experts.bases[name].weight.norm() / delta(layer, 0).norm()
     experts.save_expert(0, tmp_path / "interval-000.safetensors")
-    deltas = {name: layer.delta(0).double() for name, layer in experts.layers.items()}
+    deltas = {name: delta(layer, 0).double() for name, layer in experts.layers.items()}
     experts.unload()
     pipe.to(torch.bfloat16)
     inputs, errors = {}, {"ours": 0.0, "peft": 0.0, "none": 0.0}
 
     def measure(kind):
         modules = dict(pipe.unet.named_modules())
-        for name, delta in deltas.items():
+        for name, addition in deltas.items():
             layer = modules[name.removeprefix("unet.")]
             base = getattr(layer, "base_layer", layer)
-            x = inputs.setdefault(name, torch.randn(64, delta.shape[1]).bfloat16())
+            x = inputs.setdefault(name, torch.randn(64, addition.shape[1]).bfloat16())
             bias = 0 if base.bias is None else base.bias.double()
-            exact = x.double() @ (base.weight.double() + delta).t() + bias
+            exact = x.double() @ (base.weight.double() + addition).t() + bias
             errors[kind] += float((layer(x).double() - exact).norm() ** 2)
 
     measure("none")
@@ -584,13 +584,13 @@ def test_header_holds_every_fact(pipe, tmp_path):
 
 def test_save_and_load_round_trip(pipe, tmp_path):
     experts = fill(attach_experts(pipe, 3, rank=2, alpha=4))
-    expected = {name: layer.delta(1) for name, layer in experts.layers.items()}
+    expected = {name: delta(layer, 1) for name, layer in experts.layers.items()}
     for i in range(3):
         experts.save_expert(i, tmp_path / f"interval-{i:03d}.safetensors")
     experts.unload()
     loaded = load_experts(pipe, tmp_path)
     for name, layer in loaded.layers.items():
-        assert torch.equal(layer.delta(1), expected[name])
+        assert torch.equal(delta(layer, 1), expected[name])
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
