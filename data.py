@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import InterpolationMode
 from tqdm.auto import tqdm
 
+import backbones
 import tsm_lora
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -303,7 +304,7 @@ class Cache:
 
 
 def build_caches(pipe, train: Dataset, validation: Dataset, args, accelerator) -> dict[str, Cache]:
-    """The caches that the flags ask for. Text encoders whose output is cached give their memory back. ValueError where
+    """The caches that the flags ask for. Text encoders whose output is cached leave the memory. ValueError where
     a random crop would need fresh latents."""
     out, caches = Path(args.output_dir), {"train": Cache(), "validation": Cache()}
     if args.cache_latents:
@@ -311,8 +312,9 @@ def build_caches(pipe, train: Dataset, validation: Dataset, args, accelerator) -
     if args.cache_text_embeddings:
         for name, rows in (("train", train), ("validation", validation)):
             caches[name].conditions = cache_conditions(pipe, rows, args, accelerator, out / f"text-{name}")
-        for component in tsm_lora.backbone_of(pipe).text_encoders:
-            getattr(pipe, component).to("meta")
+        for name, component in pipe.components.items():
+            if name.startswith("text_encoder") and component is not None:
+                component.to("meta")
     return caches
 
 
@@ -359,7 +361,7 @@ def cache_latents(pipe, rows: Dataset, args, accelerator, path: Path) -> torch.T
 @torch.no_grad()
 def cache_conditions(pipe, rows: Dataset, args, accelerator, folder: Path) -> dict[str, torch.Tensor]:
     """Text conditions of every caption. The processes share the work, and complete files are used again."""
-    backbone = tsm_lora.backbone_of(pipe)
+    backbone = backbones.backbone_of(pipe)
 
     def conditions(captions: list[str]) -> dict[str, torch.Tensor]:
         return {k: v.cpu() for k, v in backbone.conditions(backbone.encode(pipe, captions)).items()}

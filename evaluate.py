@@ -122,11 +122,10 @@ def evaluate_loss(args: argparse.Namespace) -> None:
     accelerator = Accelerator(cpu=train_foster.on_cpu(), mixed_precision=settings.mixed_precision)
     pipe = train_foster.load_pipeline(settings, accelerator)
     _, rows, origin = data.split_rows(settings)
-    scheduler = tsm_lora.backbone_of(pipe).noise_scheduler(pipe)
 
     def losses(experts, i):
         model = train_foster.Trainee(experts)
-        return train_foster.validation_losses(model, experts, scheduler, rows, settings, i, accelerator)
+        return train_foster.validation_losses(model, experts, rows, settings, i, accelerator)
 
     base, table = None, {}
     for folder in args.experts:
@@ -136,7 +135,7 @@ def evaluate_loss(args: argparse.Namespace) -> None:
                 base = [losses(experts, i) for i in range(args.num_intervals)]
         table[folder] = [losses(experts, i) for i in range(args.num_intervals)]
         experts.unload()
-    bounds = tsm_lora.interval_bounds(args.num_intervals)
+    bounds = settings.interval_bounds
     records = [
         {
             "timesteps": [bounds[i], bounds[i + 1] - 1],

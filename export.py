@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -87,12 +88,11 @@ def percent_of_t(t: float, scheduler) -> float:
     return 1 - sigma / (shift - (shift - 1) * sigma)
 
 
-def keyframes(n: int, scheduler) -> list[tuple[float, float]]:
+def keyframes(bounds: Sequence[int], scheduler) -> list[tuple[float, float]]:
     """(start_percent, end_percent) of each expert, from interval 0 to n - 1; together they cover 0..1 once."""
-    bounds = tsm_lora.interval_bounds(n)
     # interval i holds t < bounds[i + 1], but a keyframe also counts at equality: stay a little below the boundary
     percents = [1.0] + [percent_of_t(bound - 1e-3, scheduler) for bound in bounds[1:-1]] + [0.0]
-    return [(percents[i + 1], percents[i]) for i in range(n)]
+    return [(percents[i + 1], percents[i]) for i in range(len(bounds) - 1)]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -114,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
         scheduler = getattr(__import__(library), name).from_pretrained(base_model, subfolder="scheduler")
         table = [
             {"file": path.name, "timesteps": facts["timesteps"], "start_percent": start, "end_percent": end}
-            for (facts, path), (start, end) in zip(files, keyframes(len(files), scheduler))
+            for (facts, path), (start, end) in zip(files, keyframes(tsm_lora.bounds_of(files), scheduler))
         ]
         (partial / "keyframes.json").write_text(json.dumps(table, indent=1) + "\n")
         for row in reversed(table):  # in the order of sampling, from noise to clean

@@ -7,7 +7,7 @@
         --num_images_per_prompt 10 --same_seeds --seed 42 --scheduler DDIMScheduler --num_inference_steps 30 \
         --guidance_scale 7.5 --mixed_precision fp16
 
-In a program of your own, with any scheduler, in any stock pipeline that tsm_lora.BACKBONES knows:
+In a program of your own, with any scheduler, in any stock pipeline that backbones.BACKBONES knows:
 
     from diffusers import StableDiffusionPipeline
     from tsm_lora import load_experts
@@ -30,11 +30,11 @@ from pathlib import Path
 import diffusers
 import torch
 from accelerate import PartialState
-from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm.auto import tqdm
 
+import backbones
 import tsm_lora
 
 HERE = Path(__file__).resolve().parent
@@ -50,6 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pretrained_model_name_or_path", default=os.path.relpath(HERE / "mini/sd15"), help="folder or hub id")
     add("--revision", help="of the hub repository")
     add("--variant", help="of the weight files, such as fp16")
+    add("--without_t5", action="store_true", help="SD3: leave out text_encoder_3")
     add("--experts", help="folder of fostered or assembled experts; the base model alone if not given")
     add("--scale", type=float, default=1.0, help="strength of the experts")
     add("--any_base", action="store_true", help="accept experts that were trained on another base model")
@@ -123,8 +124,9 @@ def claim_output_dir(out: Path, args: argparse.Namespace, rows: list[dict]) -> N
 
 
 def load(args: argparse.Namespace, device: torch.device):
-    pipe = DiffusionPipeline.from_pretrained(
+    pipe = backbones.load_pipeline(
         args.pretrained_model_name_or_path,
+        args.without_t5,
         revision=args.revision,
         variant=args.variant,
         dtype=DTYPES[args.mixed_precision],
@@ -163,15 +165,15 @@ def main(args: argparse.Namespace) -> None:
     state.wait_for_everyone()
     mine = missing[state.process_index :: state.num_processes]
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-    options |= {"height": args.resolution, "width": args.resolution}
+    options |= {"height": args.resolution, "width": args.resolution, **backbones.backbone_of(pipe).sampling(pipe)}
     with folded, tqdm(total=len(mine), desc="pictures", disable=not state.is_main_process) as progress:
         for start in range(0, len(mine), args.batch_size):
             batch = mine[start : start + args.batch_size]
             images = pipe(
                 [row["text"] for row in batch],
-                negative_prompt=[args.negative_prompt] * len(batch) if args.negative_prompt else None,
                 generator=[torch.Generator().manual_seed(row["seed"]) for row in batch],
                 **options,
+                **({"negative_prompt": [args.negative_prompt] * len(batch)} if args.negative_prompt else {}),
             ).images
             for row, image in zip(batch, images):
                 partial = out / f"{Path(row['file_name']).name[-10:]}.partial"  # samples/ holds finished pictures only

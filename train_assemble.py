@@ -38,9 +38,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object, send_to_device
 from datasets import Dataset
-from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import compute_snr
 from diffusers.utils import make_image_grid
 from huggingface_hub import HfApi
 from matplotlib.figure import Figure
@@ -48,6 +46,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from tqdm.auto import tqdm
 
+import backbones
 import data
 import tsm_lora
 
@@ -98,7 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise ValueError(f"--top_k must lie in 1..{args.moe_experts}, the number of --moe_experts")
         if args.cache_text_embeddings and args.train_text_encoder:
             raise ValueError("--cache_text_embeddings needs frozen text encoders: drop it or --train_text_encoder")
-        args.num_intervals = 8  # of the table of validation losses
+        args.interval_bounds = tsm_lora.interval_bounds(8)  # of the table of validation losses
         return args
     for folder in (args.core_experts, *args.context_experts):
         if not Path(folder).is_dir():
@@ -109,7 +108,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             )
     if args.cache_text_embeddings and len(tsm_lora.read_folder(args.core_experts)[0][0]["targets"]) > 1:
         raise ValueError("--cache_text_embeddings: these experts adapt text encoders too, so their output follows t")
-    args.num_intervals = max(tsm_lora.read_folder(f)[0][0]["num_intervals"] for _, f, _ in banks(args))
+    args.interval_bounds = max((tsm_lora.bounds_of(tsm_lora.read_folder(f)) for _, f, _ in banks(args)), key=len)
     return args
 
 
@@ -119,6 +118,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--pretrained_model_name_or_path", default=os.path.relpath(HERE / "mini/sd15"), help="folder or hub id")
     add("--revision", help="of the hub repository")
     add("--variant", help="of the weight files, such as fp16")
+    add("--without_t5", action="store_true", help="SD3: leave out text_encoder_3, which is frozen in any case")
 
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", help="pictures with metadata.jsonl, .tar shards or .parquet; the mini world if not given")
@@ -152,7 +152,11 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--adam_weight_decay", type=float, default=1e-2)
     add("--adam_epsilon", type=float, default=1e-8)
     add("--max_grad_norm", type=float, default=1.0)
-    add("--snr_gamma", type=float, help="min-SNR weighting of the loss; 5.0 is usual, none if not given")
+    add("--snr_gamma", type=float, help="of diffusion models: min-SNR weights of the loss; 5.0 is usual")
+    add("--weighting_scheme", default="none", choices=backbones.SCHEMES, help="of flow models, as in diffusers")
+    add("--logit_mean", type=float, default=0.0, help="of logit_normal; above 0 is cleaner")
+    add("--logit_std", type=float, default=1.0, help="of logit_normal")
+    add("--mode_scale", type=float, default=1.29, help="of mode")
 
     add = parser.add_argument_group("memory and speed").add_argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="accelerate's setting if not given")
@@ -220,34 +224,30 @@ class Trainee(torch.nn.Module):
         return self.experts.predict(xt, t, captions, conditions)
 
 
-def sample_losses(model, experts, scheduler, batch: dict, low: int, high: int, snr_gamma: float | None = None):
-    """Diffusion loss of each sample, Eq. 1 with t drawn uniformly from the interval [low, high) (Eq. 4): (B,)."""
-    backbone, vae = experts.backbone, experts.pipe.vae
+def sample_losses(model, experts, process, batch: dict, low: int, high: int):
+    """Diffusion loss of each sample, Eq. 1 with t drawn from the interval [low, high) (Eq. 4): (B,)."""
+    vae = experts.pipe.vae
     batch = send_to_device(batch, vae.device, non_blocking=True)
     x0 = data.latents(vae, batch)  # (B, c, h, w)
-    t = backbone.draw_t(batch["u"], low, high)  # (B,)
-    xt, target = backbone.diffuse(scheduler, x0, batch["noise"], t)
+    t = process.draw_t(batch["u"], low, high)  # (B,)
+    xt, target = process.diffuse(x0, batch["noise"], t)
     pred = model(xt, t, batch["caption"], batch.get("conditions"))
     loss = F.mse_loss(pred.float(), target.float(), reduction="none").flatten(1).mean(1)  # (B,)
-    if snr_gamma is not None:
-        loss = loss * snr_weights(scheduler, t, snr_gamma)
-    return loss * batch["weight"]
+    return loss * process.loss_weights(t) * batch["weight"]
 
 
-def snr_weights(scheduler, t: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Min-SNR-gamma weights (https://arxiv.org/abs/2303.09556, Sec. 3.4), (B,): min(SNR, gamma) over what the
-    prediction's own loss is in terms of x0. Within one interval they vary little."""
-    snr = compute_snr(scheduler, t).clamp(min=1e-8)  # 0 at zero terminal SNR
-    over = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
-    return snr.clamp(max=gamma) / over[scheduler.config.prediction_type]
+def weighting(args: argparse.Namespace) -> backbones.Weighting:
+    return backbones.Weighting(args.snr_gamma, args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)
 
 
 @torch.no_grad()
 def validation_losses(
-    model, experts, scheduler, rows: Dataset, args, interval: int, accelerator, cache: data.Cache | None = None
+    model, experts, rows: Dataset, args, interval: int, accelerator, cache: data.Cache | None = None
 ) -> torch.Tensor:
-    """Loss of each validation picture at one fixed t and noise of the interval, whatever the run's seed: (N,)."""
-    low, high = tsm_lora.interval_bounds(args.num_intervals)[interval : interval + 2]
+    """Loss of each validation picture at one fixed t and noise of the interval, whatever the run's seed and weighting
+    of t: (N,)."""
+    low, high = args.interval_bounds[interval : interval + 2]
+    process = experts.backbone.process(experts.pipe)
     model = accelerator.unwrap_model(model)  # processes may have unequal numbers of batches
     mine = list(range(accelerator.process_index, len(rows), accelerator.num_processes))
     starts = range(0, len(mine), VALIDATION_BATCH)
@@ -255,7 +255,7 @@ def validation_losses(
     losses = torch.zeros(len(rows), device=accelerator.device)
     dataset = data.Pictures(rows, args, data.latent_shape(experts.pipe, args.resolution), augment=False, cache=cache)
     for chunk, batch in zip(keys, data.loader(dataset, keys, args)):
-        losses[[k for k, *_ in chunk]] = sample_losses(model, experts, scheduler, batch, low, high)
+        losses[[k for k, *_ in chunk]] = sample_losses(model, experts, process, batch, low, high)
     return accelerator.reduce(losses, "sum").cpu()
 
 
@@ -286,15 +286,19 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator):
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    pipe = DiffusionPipeline.from_pretrained(
-        name, revision=args.revision, variant=args.variant, dtype={"default": dtype, "vae": torch.float32}
+    pipe = backbones.load_pipeline(
+        name,
+        args.without_t5,
+        revision=args.revision,
+        variant=args.variant,
+        dtype={"default": dtype, "vae": torch.float32},
     ).to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
-    backbone = tsm_lora.backbone_of(pipe)
-    args.resolution = args.resolution or getattr(pipe, backbone.denoiser).config.sample_size * pipe.vae_scale_factor
-    if args.resolution % pipe.vae_scale_factor:
-        raise ValueError(f"--resolution {args.resolution} is no multiple of the VAE's {pipe.vae_scale_factor} pixels")
-    pipe.vae.requires_grad_(False)
+    backbone = backbones.backbone_of(pipe)
+    backbone.process(pipe, weighting(args))  # raises where the flags are for another kind of model
+    args.resolution = args.resolution or backbones.native_resolution(pipe)
+    if args.resolution % (multiple := backbones.resolution_multiple(pipe)):
+        raise ValueError(f"--resolution {args.resolution} is no multiple of this model's {multiple} pixels")
     if args.load_in_4bit:
         for component in (backbone.denoiser, *backbone.text_encoders):
             quantize(getattr(pipe, component), dtype)
@@ -522,7 +526,7 @@ def assemble(pipe, train, validation, caches, args: argparse.Namespace, accelera
         accelerator.print(f"routers go on from {checkpoint}")
 
     low, high = 0, tsm_lora.T
-    scheduler = experts.backbone.noise_scheduler(pipe)
+    process = experts.backbone.process(pipe, weighting(args))
     dataset = data.Pictures(train, args, data.latent_shape(pipe, args.resolution), augment=True, cache=caches["train"])
     batches = data.training_loader(dataset, args, "router", step, accelerator, position)
     progress = tqdm(
@@ -532,7 +536,7 @@ def assemble(pipe, train, validation, caches, args: argparse.Namespace, accelera
     for batch in islice(batches, (args.max_train_steps - step) * args.gradient_accumulation_steps):
         position = batch.pop("position", None)
         with accelerator.accumulate(model):
-            loss = sample_losses(model, experts, scheduler, batch, low, high, args.snr_gamma).mean()
+            loss = sample_losses(model, experts, process, batch, low, high).mean()
             losses.append(loss.detach())
             if args.moe_experts is not None:
                 loss = loss + args.balance_loss_weight * experts.balance_loss()
@@ -560,10 +564,8 @@ def assemble(pipe, train, validation, caches, args: argparse.Namespace, accelera
                     pass  # what can be sampled comes at the end, beside its experts
         if args.validation_steps and step % args.validation_steps == 0 and len(validation):
             by_interval = [
-                validation_losses(
-                    model, experts, scheduler, validation, args, i, accelerator, caches["validation"]
-                ).mean()
-                for i in range(args.num_intervals)
+                validation_losses(model, experts, validation, args, i, accelerator, caches["validation"]).mean()
+                for i in range(len(args.interval_bounds) - 1)
             ]
             scalars = {f"validation/interval-{i:03d}": loss.item() for i, loss in enumerate(by_interval)}
             accelerator.log(scalars, step=step)
@@ -582,10 +584,9 @@ def validate(pipe, validation, args: argparse.Namespace, accelerator) -> dict[st
     losses = {}
     for name, folder in (sets | {"assembled": assembled_dir(args)}).items():
         experts = tsm_lora.load_experts(pipe, folder)
-        model, scheduler = Trainee(experts), experts.backbone.noise_scheduler(pipe)
+        model, intervals = Trainee(experts), range(len(args.interval_bounds) - 1)
         with accelerator.autocast(), experts.off() if name == "base" else nullcontext():
-            intervals = range(args.num_intervals)
-            rows = [validation_losses(model, experts, scheduler, validation, args, i, accelerator) for i in intervals]
+            rows = [validation_losses(model, experts, validation, args, i, accelerator) for i in intervals]
         losses[name] = torch.stack(rows)
         experts.unload()
     return losses
@@ -600,7 +601,7 @@ def mean_gates(pipe, validation, args: argparse.Namespace, timesteps: list[int])
     pictures = data.Pictures(rows, args, data.latent_shape(pipe, args.resolution), augment=False)
     (batch,) = data.loader(pictures, [[(k, "gates", k) for k in range(len(rows))]], args)
     x0 = data.latents(pipe.vae, {k: v.to(pipe.vae.device) for k, v in batch.items() if torch.is_tensor(v)})
-    noise, scheduler = batch["noise"].to(x0.device), experts.backbone.noise_scheduler(pipe)
+    noise, process = batch["noise"].to(x0.device), experts.backbone.process(pipe)
     layers = list(experts.layers.values())
     means = torch.zeros(len(timesteps), len(layers), sum(bank.gated for bank in experts.routing.banks))
     sizes: dict[str, list[float]] = {"E": [], "W_r x": []}
@@ -616,7 +617,7 @@ def mean_gates(pipe, validation, args: argparse.Namespace, timesteps: list[int])
         for k, layer in enumerate(layers):
             layer.watch = partial(watch, layer, k, j)
         t = torch.full((len(rows),), t, device=x0.device)
-        xt, _ = experts.backbone.diffuse(scheduler, x0, noise, t)
+        xt, _ = process.diffuse(x0, noise, t)
         experts.predict(xt.to(dtype), t, batch["caption"])
     experts.unload()
     return means.permute(2, 1, 0), {name: sum(values) / len(values) for name, values in sizes.items()}
@@ -624,13 +625,13 @@ def mean_gates(pipe, validation, args: argparse.Namespace, timesteps: list[int])
 
 def report(pipe, losses: dict[str, torch.Tensor], validation: Dataset, origin: str, args: argparse.Namespace) -> None:
     """Tables and pictures of losses and gates, the model card, and pictures of base, core and assembled experts."""
-    out, bounds = Path(args.output_dir), tsm_lora.interval_bounds(args.num_intervals)
+    out, bounds = Path(args.output_dir), args.interval_bounds
     before = "base"  # what stage 2 starts from: the core, or the finest scale
     if args.moe_experts is None:
         before = next((name for name, _, gated in banks(args) if not gated), None)
         before = before or max((name for name, _, _ in banks(args)), key=lambda name: int(name.split("-n")[1]))
     records = []
-    for i in range(args.num_intervals):
+    for i in range(len(bounds) - 1):
         gain = losses[before][i] - losses["assembled"][i]
         records.append({"interval": i, "timesteps": [bounds[i], bounds[i + 1] - 1], "pictures": len(gain)})
         records[i] |= {"loss": {name: loss[i].mean().item() for name, loss in losses.items()}}
@@ -723,7 +724,8 @@ Validation loss on {origin}:
 def draw(pipe, prompts: list[str], args: argparse.Namespace) -> list[Image.Image]:
     """A picture per prompt, each from its own noise, at least 128 pixels wide."""
     # the stock pipelines decode in the denoiser's precision
-    pipe.vae.to(getattr(pipe, tsm_lora.backbone_of(pipe).denoiser).dtype)
+    backbone = backbones.backbone_of(pipe)
+    pipe.vae.to(getattr(pipe, backbone.denoiser).dtype)
     images = pipe(
         prompts,
         generator=[torch.Generator().manual_seed(k) for k in range(len(prompts))],
@@ -731,6 +733,7 @@ def draw(pipe, prompts: list[str], args: argparse.Namespace) -> list[Image.Image
         guidance_scale=args.guidance_scale,
         height=args.resolution,
         width=args.resolution,
+        **backbone.sampling(pipe),
     ).images
     side = max(128, args.resolution)
     return [image.resize((side, side), Image.Resampling.NEAREST) for image in images]

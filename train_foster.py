@@ -38,9 +38,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object, send_to_device
 from datasets import Dataset
-from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import compute_snr
 from diffusers.utils import make_image_grid
 from huggingface_hub import HfApi
 from matplotlib.figure import Figure
@@ -48,6 +46,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from tqdm.auto import tqdm
 
+import backbones
 import data
 import tsm_lora
 
@@ -69,6 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument_group("tsm").add_argument
     add("--num_intervals", type=int, default=8, help="n, experts in all; 1 is vanilla LoRA")
+    add("--interval_boundaries", default="equal_width", choices=["equal_width", "equal_probability"])
     add("--interval_indices", type=int, nargs="+", help="train these experts only, 0 is the cleanest")
     add("--rank", type=int, default=4)
     add("--lora_alpha", type=float, help="scale of the addition is alpha / rank; the rank if not given")
@@ -80,7 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     check_args(args)
     if args.cache_text_embeddings and args.train_text_encoder:
         raise ValueError("--cache_text_embeddings needs frozen text encoders: drop it or --train_text_encoder")
-    tsm_lora.interval_bounds(args.num_intervals)
+    args.interval_bounds = tsm_lora.interval_bounds(args.num_intervals)
     everyone = list(range(args.num_intervals))
     args.interval_indices = sorted(set(args.interval_indices or everyone))
     if not set(args.interval_indices) <= set(everyone):
@@ -97,6 +97,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--pretrained_model_name_or_path", default=os.path.relpath(HERE / "mini/sd15"), help="folder or hub id")
     add("--revision", help="of the hub repository")
     add("--variant", help="of the weight files, such as fp16")
+    add("--without_t5", action="store_true", help="SD3: leave out text_encoder_3, which is frozen in any case")
 
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", help="pictures with metadata.jsonl, .tar shards or .parquet; the mini world if not given")
@@ -130,7 +131,11 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--adam_weight_decay", type=float, default=1e-2)
     add("--adam_epsilon", type=float, default=1e-8)
     add("--max_grad_norm", type=float, default=1.0)
-    add("--snr_gamma", type=float, help="min-SNR weighting of the loss; 5.0 is usual, none if not given")
+    add("--snr_gamma", type=float, help="of diffusion models: min-SNR weights of the loss; 5.0 is usual")
+    add("--weighting_scheme", default="none", choices=backbones.SCHEMES, help="of flow models, as in diffusers")
+    add("--logit_mean", type=float, default=0.0, help="of logit_normal; above 0 is cleaner")
+    add("--logit_std", type=float, default=1.0, help="of logit_normal")
+    add("--mode_scale", type=float, default=1.29, help="of mode")
 
     add = parser.add_argument_group("memory and speed").add_argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="accelerate's setting if not given")
@@ -198,34 +203,30 @@ class Trainee(torch.nn.Module):
         return self.experts.predict(xt, t, captions, conditions)
 
 
-def sample_losses(model, experts, scheduler, batch: dict, low: int, high: int, snr_gamma: float | None = None):
-    """Diffusion loss of each sample, Eq. 1 with t drawn uniformly from the interval [low, high) (Eq. 4): (B,)."""
-    backbone, vae = experts.backbone, experts.pipe.vae
+def sample_losses(model, experts, process, batch: dict, low: int, high: int):
+    """Diffusion loss of each sample, Eq. 1 with t drawn from the interval [low, high) (Eq. 4): (B,)."""
+    vae = experts.pipe.vae
     batch = send_to_device(batch, vae.device, non_blocking=True)
     x0 = data.latents(vae, batch)  # (B, c, h, w)
-    t = backbone.draw_t(batch["u"], low, high)  # (B,)
-    xt, target = backbone.diffuse(scheduler, x0, batch["noise"], t)
+    t = process.draw_t(batch["u"], low, high)  # (B,)
+    xt, target = process.diffuse(x0, batch["noise"], t)
     pred = model(xt, t, batch["caption"], batch.get("conditions"))
     loss = F.mse_loss(pred.float(), target.float(), reduction="none").flatten(1).mean(1)  # (B,)
-    if snr_gamma is not None:
-        loss = loss * snr_weights(scheduler, t, snr_gamma)
-    return loss * batch["weight"]
+    return loss * process.loss_weights(t) * batch["weight"]
 
 
-def snr_weights(scheduler, t: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Min-SNR-gamma weights (https://arxiv.org/abs/2303.09556, Sec. 3.4), (B,): min(SNR, gamma) over what the
-    prediction's own loss is in terms of x0. Within one interval they vary little."""
-    snr = compute_snr(scheduler, t).clamp(min=1e-8)  # 0 at zero terminal SNR
-    over = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
-    return snr.clamp(max=gamma) / over[scheduler.config.prediction_type]
+def weighting(args: argparse.Namespace) -> backbones.Weighting:
+    return backbones.Weighting(args.snr_gamma, args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)
 
 
 @torch.no_grad()
 def validation_losses(
-    model, experts, scheduler, rows: Dataset, args, interval: int, accelerator, cache: data.Cache | None = None
+    model, experts, rows: Dataset, args, interval: int, accelerator, cache: data.Cache | None = None
 ) -> torch.Tensor:
-    """Loss of each validation picture at one fixed t and noise of the interval, whatever the run's seed: (N,)."""
-    low, high = tsm_lora.interval_bounds(args.num_intervals)[interval : interval + 2]
+    """Loss of each validation picture at one fixed t and noise of the interval, whatever the run's seed and weighting
+    of t: (N,)."""
+    low, high = args.interval_bounds[interval : interval + 2]
+    process = experts.backbone.process(experts.pipe)
     model = accelerator.unwrap_model(model)  # processes may have unequal numbers of batches
     mine = list(range(accelerator.process_index, len(rows), accelerator.num_processes))
     starts = range(0, len(mine), VALIDATION_BATCH)
@@ -233,7 +234,7 @@ def validation_losses(
     losses = torch.zeros(len(rows), device=accelerator.device)
     dataset = data.Pictures(rows, args, data.latent_shape(experts.pipe, args.resolution), augment=False, cache=cache)
     for chunk, batch in zip(keys, data.loader(dataset, keys, args)):
-        losses[[k for k, *_ in chunk]] = sample_losses(model, experts, scheduler, batch, low, high)
+        losses[[k for k, *_ in chunk]] = sample_losses(model, experts, process, batch, low, high)
     return accelerator.reduce(losses, "sum").cpu()
 
 
@@ -264,15 +265,19 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator):
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    pipe = DiffusionPipeline.from_pretrained(
-        name, revision=args.revision, variant=args.variant, dtype={"default": dtype, "vae": torch.float32}
+    pipe = backbones.load_pipeline(
+        name,
+        args.without_t5,
+        revision=args.revision,
+        variant=args.variant,
+        dtype={"default": dtype, "vae": torch.float32},
     ).to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
-    backbone = tsm_lora.backbone_of(pipe)
-    args.resolution = args.resolution or getattr(pipe, backbone.denoiser).config.sample_size * pipe.vae_scale_factor
-    if args.resolution % pipe.vae_scale_factor:
-        raise ValueError(f"--resolution {args.resolution} is no multiple of the VAE's {pipe.vae_scale_factor} pixels")
-    pipe.vae.requires_grad_(False)
+    backbone = backbones.backbone_of(pipe)
+    backbone.process(pipe, weighting(args))  # raises where the flags are for another kind of model
+    args.resolution = args.resolution or backbones.native_resolution(pipe)
+    if args.resolution % (multiple := backbones.resolution_multiple(pipe)):
+        raise ValueError(f"--resolution {args.resolution} is no multiple of this model's {multiple} pixels")
     if args.load_in_4bit:
         for component in (backbone.denoiser, *backbone.text_encoders):
             quantize(getattr(pipe, component), dtype)
@@ -450,6 +455,7 @@ def foster(pipe, train, validation, caches, args: argparse.Namespace, interval: 
         lora_layers=args.lora_layers and [name.strip() for name in args.lora_layers.split(",")],
         train_text_encoder=args.train_text_encoder,
         generator=data.rng(args.seed, interval, "A"),
+        bounds=args.interval_bounds,
     )
     if args.gradient_checkpointing:
         experts.enable_gradient_checkpointing()
@@ -468,8 +474,8 @@ def foster(pipe, train, validation, caches, args: argparse.Namespace, interval: 
         position = state["positions"][accelerator.process_index] if args.streaming else None
         accelerator.print(f"expert {interval} goes on from {checkpoint}")
 
-    low, high = tsm_lora.interval_bounds(args.num_intervals)[interval : interval + 2]
-    scheduler = experts.backbone.noise_scheduler(pipe)
+    low, high = args.interval_bounds[interval : interval + 2]
+    process = experts.backbone.process(pipe, weighting(args))
     dataset = data.Pictures(train, args, data.latent_shape(pipe, args.resolution), augment=True, cache=caches["train"])
     batches = data.training_loader(dataset, args, interval, step, accelerator, position)
     progress = tqdm(
@@ -484,7 +490,7 @@ def foster(pipe, train, validation, caches, args: argparse.Namespace, interval: 
     for batch in islice(batches, (args.max_train_steps - step) * args.gradient_accumulation_steps):
         position = batch.pop("position", None)
         with accelerator.accumulate(model):
-            loss = sample_losses(model, experts, scheduler, batch, low, high, args.snr_gamma).mean()
+            loss = sample_losses(model, experts, process, batch, low, high).mean()
             losses.append(loss.detach())
             accelerator.backward(loss)
             if accelerator.sync_gradients:
@@ -510,12 +516,12 @@ def foster(pipe, train, validation, caches, args: argparse.Namespace, interval: 
                 with new_checkpoint(checkpoint_dir(args, interval), state, args.checkpoints_total_limit) as folder:
                     save_expert(experts, folder / expert_path(args, interval).name, args, interval, step)
         if args.validation_steps and step % args.validation_steps == 0 and len(validation):
-            measured = (model, experts, scheduler, validation, args, interval, accelerator, caches["validation"])
+            measured = (model, experts, validation, args, interval, accelerator, caches["validation"])
             loss = validation_losses(*measured).mean().item()
             accelerator.log({f"validation/interval-{interval:03d}": loss}, step=earlier + step)
     progress.close()
     speed = {"seconds_per_step": (time.perf_counter() - start) / max(1, step - first_step)}
-    validate((model, experts, scheduler, validation, args, interval, accelerator, caches["validation"]), speed)
+    validate((model, experts, validation, args, interval, accelerator, caches["validation"]), speed)
     if accelerator.is_main_process:
         save_expert(experts, expert_path(args, interval), args, interval, args.max_train_steps)
     accelerator.wait_for_everyone()
@@ -526,12 +532,12 @@ def foster(pipe, train, validation, caches, args: argparse.Namespace, interval: 
 def validate(measured: tuple, speed: dict) -> None:
     """Write the interval's validation loss, base beside expert on the same pictures, t and noise. `measured` are the
     arguments of validation_losses."""
-    _, experts, _, _, args, interval, accelerator, _ = measured
+    _, experts, _, args, interval, accelerator, _ = measured
     after = validation_losses(*measured)
     with experts.off():
         before = validation_losses(*measured)
     gain = before - after
-    low, high = tsm_lora.interval_bounds(args.num_intervals)[interval : interval + 2]
+    low, high = args.interval_bounds[interval : interval + 2]
     record = {
         "interval": interval,
         "timesteps": [low, high - 1],
@@ -594,7 +600,7 @@ tags: [text-to-image, lora, timestep-experts]
 # Timestep LoRA experts
 
 {args.num_intervals} LoRA experts of rank {args.rank} for `{args.pretrained_model_name_or_path}`, one per interval of
-equal width of the 1000 training timesteps. t grows with noise: interval 0 is the cleanest. Each file is an ordinary
+the 1000 training timesteps. t grows with noise: interval 0 is the cleanest. Each file is an ordinary
 LoRA; `tsm_lora.load_experts(pipe, folder)` runs, at each step, the expert of its t.
 
 Validation loss on {origin}:
@@ -612,7 +618,8 @@ Validation loss on {origin}:
 def draw(pipe, prompts: list[str], args: argparse.Namespace) -> list[Image.Image]:
     """A picture per prompt, each from its own noise, at least 128 pixels wide."""
     # the stock pipelines decode in the denoiser's precision
-    pipe.vae.to(getattr(pipe, tsm_lora.backbone_of(pipe).denoiser).dtype)
+    backbone = backbones.backbone_of(pipe)
+    pipe.vae.to(getattr(pipe, backbone.denoiser).dtype)
     images = pipe(
         prompts,
         generator=[torch.Generator().manual_seed(k) for k in range(len(prompts))],
@@ -620,6 +627,7 @@ def draw(pipe, prompts: list[str], args: argparse.Namespace) -> list[Image.Image
         guidance_scale=args.guidance_scale,
         height=args.resolution,
         width=args.resolution,
+        **backbone.sampling(pipe),
     ).images
     side = max(128, args.resolution)
     return [image.resize((side, side), Image.Resampling.NEAREST) for image in images]
@@ -659,6 +667,8 @@ def main(args: argparse.Namespace) -> None:
     with accelerator.main_process_first():
         train, validation, origin = data.split_rows(args)
     pipe = load_pipeline(args, accelerator)
+    if args.interval_boundaries == "equal_probability":
+        args.interval_bounds = backbones.backbone_of(pipe).process(pipe, weighting(args)).bounds(args.num_intervals)
     if accelerator.is_main_process:
         claim_output_dir(args)
     accelerator.wait_for_everyone()

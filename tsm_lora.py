@@ -45,11 +45,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-T = 1000  # training timesteps of every supported model
+from backbones import T, backbone_of
+
 FORMAT_VERSION = 1
 SHARED_FACTS = ("backbone", "targets", "prediction_type")  # equal in all experts that work together
 # What a loader needs of a header.
-FACTS = ("interval_index", "num_intervals", "rank", "base_fingerprint", *SHARED_FACTS)
+FACTS = ("interval_index", "num_intervals", "timesteps", "rank", "base_fingerprint", *SHARED_FACTS)
 ROUTER_FACTS = ("banks", "router", "experts", "base_fingerprint", *SHARED_FACTS)
 ROUTER_FILE = "router.safetensors"
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
@@ -70,9 +71,15 @@ def interval_bounds(n: int) -> list[int]:
     return [-(-i * T // n) for i in range(n + 1)]
 
 
-def interval_index(t: torch.Tensor | float, n: int) -> torch.Tensor:
-    """Interval of each timestep, floor(t * n / T); a float t in (0, T] counts as min(floor(t), T - 1). Any shape."""
-    return torch.as_tensor(t).floor().long().clamp(max=T - 1) * n // T
+def timestep_index(t: torch.Tensor | float) -> torch.Tensor:
+    """The whole timestep that a float t in (0, T] counts as, min(floor(t), T - 1). Any shape."""
+    return torch.as_tensor(t).floor().long().clamp(max=T - 1)
+
+
+def interval_index(t: torch.Tensor | float, bounds: list[int] | tuple[int, ...]) -> torch.Tensor:
+    """The i with bounds[i] <= t < bounds[i + 1] of each timestep, of any shape."""
+    index = timestep_index(t)
+    return torch.bucketize(index, torch.tensor(bounds[1:-1], device=index.device), right=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,6 +94,19 @@ class Bank:
     indices: tuple[int, ...]
     rank: int
     gated: bool = False
+    bounds: tuple[int, ...] = ()  # n + 1 boundaries of the intervals; of equal width if not given
+
+    def __post_init__(self):
+        object.__setattr__(self, "bounds", tuple(self.bounds or interval_bounds(self.n)))
+        if len(self.bounds) != self.n + 1 or (self.bounds[0], self.bounds[-1]) != (0, T):
+            raise ValueError(f"{self.n} intervals of 0..{T} need {self.n + 1} boundaries, got {self.bounds}")
+        if any(a >= b for a, b in zip(self.bounds, self.bounds[1:])):
+            raise ValueError(f"the boundaries of intervals must grow, got {self.bounds}")
+
+    def slots(self) -> torch.Tensor:
+        """(T,): the place in `indices` of the expert of each timestep, -1 where it is not here."""
+        place = {i: k for k, i in enumerate(self.indices)}
+        return torch.tensor([place.get(i, -1) for i in interval_index(torch.arange(T), self.bounds).tolist()])
 
 
 @dataclass(frozen=True)
@@ -127,7 +147,7 @@ class Routing:
         self.banks, self.scale = tuple(banks), scale
         self.route: Route | None = None
         self.enabled = True
-        self._tables: dict[tuple, torch.Tensor] = {}  # interval -> slot
+        self._tables = [{"cpu": bank.slots()} for bank in self.banks]  # (T,) each, on the kinds of device in use
 
     def at(self, t: torch.Tensor | float, scale: float = 1.0) -> Route:
         """The route of t; indices are ints where all of t share one. ValueError where a bank has no expert for t.
@@ -137,33 +157,29 @@ class Routing:
         """
         t = torch.as_tensor(t)
         on_host = (t.device.type == "cpu" or not torch.is_grad_enabled()) and not torch.compiler.is_compiling()
-        host = t.cpu() if on_host else None
-        if on_host and (host.min() < 0 or host.max() > T):
+        if on_host and ((host := t.cpu()).min() < 0 or host.max() > T):
             raise ValueError(f"timesteps {host.tolist()} leave 0..{T}; t must count {T} training steps")
-        rows = interval_index(t if host is None else host, T)
+        rows = timestep_index(host if on_host else t)
+        slots = tuple(self._slot(k, rows, t.device, on_host) for k in range(len(self.banks)))
         row = rows.flatten()[0].item() if on_host and rows.unique().numel() == 1 else rows.to(t.device)
-        return Route(tuple(self._slot(bank, t, host) for bank in self.banks), row, self.scale * scale)
+        return Route(slots, row, self.scale * scale)
 
-    def _slot(self, bank: Bank, t: torch.Tensor, host: torch.Tensor | None) -> int | torch.Tensor:
-        if host is not None:
-            intervals = interval_index(host, bank.n).unique().tolist()
-            missing = [i for i in intervals if i not in bank.indices]
-            if missing:
-                raise ValueError(
-                    f"t falls into interval(s) {missing} of {bank.n}, but only the experts of {list(bank.indices)} "
-                    "are here"
-                )
-            if len(intervals) == 1:
-                return bank.indices.index(intervals[0])
-        elif len(bank.indices) == 1:
+    def _slot(self, k: int, rows: torch.Tensor, device: torch.device, on_host: bool) -> int | torch.Tensor:
+        bank, tables = self.banks[k], self._tables[k]
+        if not on_host and len(bank.indices) == 1:
             return 0
-        index = interval_index(t, bank.n)
-        if len(bank.indices) == bank.n:
-            return index
-        if (bank, t.device) not in self._tables:
-            table = [bank.indices.index(i) if i in bank.indices else -1 for i in range(bank.n)]
-            self._tables[bank, t.device] = torch.tensor(table, device=t.device)
-        return self._tables[bank, t.device].take(index)
+        if rows.device.type not in tables:
+            tables[rows.device.type] = tables["cpu"].to(rows.device)
+        slots = tables[rows.device.type].take(rows)
+        if on_host and slots.min() < 0:
+            missing = interval_index(rows, bank.bounds)[slots < 0].unique().tolist()
+            raise ValueError(
+                f"t falls into interval(s) {missing} of {bank.n}, but only the experts of {list(bank.indices)} "
+                "are here"
+            )
+        if on_host and slots.unique().numel() == 1:
+            return slots.flatten()[0].item()
+        return slots.to(device)
 
     def current(self) -> Route:
         """The route of the running forward; RuntimeError outside of one, since a guessed t would be a silent error."""
@@ -321,110 +337,6 @@ def _add_experts(base: nn.Module, args: tuple, output: torch.Tensor) -> torch.Te
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Backbones: all that differs between model families
-
-
-def _ddpm_scheduler(pipe):
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler.from_config(pipe.scheduler.config)
-
-
-def _ddpm_t(u: torch.Tensor, low: int, high: int) -> torch.Tensor:
-    """Uniform integers of [low, high) from uniform u in [0, 1), Eq. 4."""
-    return (low + (u * (high - low)).long()).clamp(max=high - 1)
-
-
-def _ddpm_diffuse(scheduler, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """x_t and the regression target of epsilon, v or x0 prediction."""
-    targets = {
-        "epsilon": lambda: noise,
-        "v_prediction": lambda: scheduler.get_velocity(x0, noise, t),
-        "sample": lambda: x0,
-    }
-    return scheduler.add_noise(x0, noise, t), targets[scheduler.config.prediction_type]()
-
-
-def _sd_conditions(encoded: tuple) -> dict[str, torch.Tensor]:
-    prompt, negative = encoded
-    return {"encoder_hidden_states": prompt if negative is None else torch.cat([negative, prompt])}
-
-
-def _pixart_conditions(encoded: tuple) -> dict[str, torch.Tensor]:
-    prompt, mask, negative, negative_mask = encoded
-    if negative is not None:
-        prompt, mask = torch.cat([negative, prompt]), torch.cat([negative_mask, mask])
-    return {"encoder_hidden_states": prompt, "encoder_attention_mask": mask}
-
-
-def _pixart_extra(pipe, xt: torch.Tensor) -> dict[str, dict]:
-    """Size and aspect ratio of the picture, which the models of 1024 pixels alone are told."""
-    if pipe.transformer.config.sample_size != 128:
-        return {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
-    size = xt.new_tensor(xt.shape[2:]).repeat(len(xt), 1) * pipe.vae_scale_factor  # (B, 2)
-    return {"added_cond_kwargs": {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]}}
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """What the method must know of a model family. `pipe` is its stock diffusers pipeline."""
-
-    denoiser: str  # component that takes `timestep`
-    text_encoders: dict[str, tuple[str, ...]]  # component: LoRA targets of the paper
-    targets: tuple[str, ...]  # LoRA targets of the denoiser
-    encode: Callable  # (pipe, prompts) -> what `pipe.encode_prompt` returns without guidance
-    conditions: Callable  # what `pipe.encode_prompt` returned -> denoiser arguments, joined as the pipeline joins them
-    noise_scheduler: Callable  # (pipe) -> scheduler of the training process
-    draw_t: Callable  # (u in [0, 1), low, high) -> t of the interval
-    diffuse: Callable  # (scheduler, x0, noise, t) -> x_t, target
-    t_scale: float = 1.0  # the denoiser's `timestep` times this is t in 0..T
-    extra: Callable = lambda pipe, xt: {}  # denoiser arguments that depend on neither t nor text
-
-
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-
-# By the beginning of the pipeline's class name; the longest that fits counts.
-BACKBONES = {
-    "StableDiffusion": Backbone(  # SD1.x and SD2.x; appendix A.1
-        denoiser="unet",
-        text_encoders={"text_encoder": ("q_proj", "v_proj")},
-        targets=ATTENTION,
-        encode=lambda pipe, prompts: pipe.encode_prompt(prompts, pipe.unet.device, 1, False),
-        conditions=_sd_conditions,
-        noise_scheduler=_ddpm_scheduler,
-        draw_t=_ddpm_t,
-        diffuse=_ddpm_diffuse,
-    ),
-    "PixArt": Backbone(  # alpha and Sigma; appendix A.1 and A.2
-        denoiser="transformer",
-        text_encoders={"text_encoder": ("q", "v")},
-        targets=ATTENTION,
-        encode=lambda pipe, prompts: pipe.encode_prompt(prompts, False, device=pipe.transformer.device),
-        conditions=_pixart_conditions,
-        noise_scheduler=_ddpm_scheduler,
-        draw_t=_ddpm_t,
-        diffuse=_ddpm_diffuse,
-        extra=_pixart_extra,
-    ),
-}
-# Families whose names begin like a known one, but which need an entry of their own.
-WITHOUT_ENTRY = ("StableDiffusionXL", "StableDiffusion3")
-
-
-def backbone_of(pipe) -> Backbone:
-    """The table's entry for a pipeline. ValueError for an unknown family or a pipeline that lacks a component."""
-    name = type(pipe).__name__
-    known = sorted((key for key in BACKBONES if name.startswith(key)), key=len)
-    if not known or any(name.startswith(other) and len(other) > len(known[-1]) for other in WITHOUT_ENTRY):
-        raise ValueError(f"no backbone entry for {name}; there are {sorted(BACKBONES)} (BACKBONES in tsm_lora.py)")
-    backbone = BACKBONES[known[-1]]
-    missing = [c for c in (backbone.denoiser, *backbone.text_encoders) if getattr(pipe, c, None) is None]
-    if missing:
-        raise ValueError(f"this {name} has no {', '.join(missing)}; load it from a complete pipeline folder")
-    return backbone
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Experts on a pipeline
 
 
@@ -437,6 +349,7 @@ def attach_experts(
     lora_layers: Iterable[str] | None = None,
     train_text_encoder: bool = True,
     generator: torch.Generator | None = None,
+    bounds: Iterable[int] = (),
 ) -> "Experts":
     """Put fresh, trainable experts (A Kaiming, B = 0: the identity) on a pipeline whose weights are frozen.
 
@@ -445,14 +358,15 @@ def attach_experts(
         alpha: the addition is scaled by alpha / rank; alpha = rank by default (paper: not specified).
         lora_layers: module names of the denoiser (suffixes); the paper's of that backbone by default.
         generator: CPU generator of A.
+        bounds: n + 1 boundaries of the intervals; of equal width by default, as in the paper.
 
     Raises ValueError for an interval out of range, a module name that matches nothing, a rank beyond a layer's width.
     """
-    bounds = interval_bounds(num_intervals)
+    bounds = tuple(bounds) or tuple(interval_bounds(num_intervals))
     indices = list(range(num_intervals)) if indices is None else sorted(set(indices))
     if not indices or indices[0] < 0 or indices[-1] >= num_intervals:
-        raise ValueError(f"interval indices must lie in 0..{len(bounds) - 2}, got {indices}")
-    banks = [Bank(num_intervals, tuple(indices), rank)]
+        raise ValueError(f"interval indices must lie in 0..{num_intervals - 1}, got {indices}")
+    banks = [Bank(num_intervals, tuple(indices), rank, bounds=bounds)]
     return _fresh(pipe, banks, generator, None, alpha, lora_layers, train_text_encoder)
 
 
@@ -564,7 +478,10 @@ def _read(pipe, folders: list[tuple[Path, bool]], router: Router | None, scale=1
         if differ := _differences(facts, files[0][0], SHARED_FACTS):
             raise ValueError(f"the experts in {first} and in {folder} do not belong together: {differ}")
     targets = {component: tuple(names) for component, names in facts["targets"].items()}
-    banks = [Bank(f[0][0]["num_intervals"], tuple(range(len(f))), f[0][0]["rank"], gated) for _, f, gated in sets]
+    banks = [
+        Bank(len(files), tuple(range(len(files))), files[0][0]["rank"], gated, tuple(bounds_of(files)))
+        for _, files, gated in sets
+    ]
     experts = Experts(pipe, backbone, targets, banks, None, scale, router)
     try:
         if check_base and not experts.same_base(facts["base_fingerprint"]):
@@ -619,8 +536,9 @@ class Experts:
         self._handles.append(denoiser.register_forward_hook(self._after_denoiser, always_call=True))
         modules = [module for component in self.components.values() for module in component.modules()]
         self._attention = [module for module in modules if hasattr(module, "fuse_projections")]
-        parameters = [p for component in self.components.values() for p in component.parameters()]
-        self._before = [(p, "requires_grad", p.requires_grad) for p in parameters]  # what `unload` restores
+        everything = [c for c in pipe.components.values() if isinstance(c, nn.Module)]  # also encoders without experts
+        self._all_parameters = [p for component in everything for p in component.parameters()]
+        self._before = [(p, "requires_grad", p.requires_grad) for p in self._all_parameters]  # what `unload` restores
         for name in ("training", "gradient_checkpointing", "_gradient_checkpointing_func"):
             self._before += [(m, name, getattr(m, name)) for m in modules if name in vars(m)]
         self._encode_prompt: Callable | None = None  # the pipeline's own, once text-encoder experts follow prompts
@@ -639,9 +557,9 @@ class Experts:
         return [parameter for _, parameter in self._router_entries()]
 
     def train_only(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Freeze everything else: base weights, and experts while routers train."""
-        for component in self.components.values():
-            component.requires_grad_(False)
+        """Freeze everything else: the pipeline's weights, and experts while routers train."""
+        for parameter in self._all_parameters:
+            parameter.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
 
@@ -693,10 +611,7 @@ class Experts:
         if conditions is None:
             with self.at(t):
                 conditions = self.backbone.conditions(self.backbone.encode(self.pipe, prompts))
-        conditions = conditions | self.backbone.extra(self.pipe, xt)
-        denoiser = self.components[self.backbone.denoiser]
-        pred = denoiser(xt, timestep=t / self.backbone.t_scale, return_dict=False, **conditions)[0]
-        return pred[:, : xt.shape[1]]  # the other half, if any, is a learned variance
+        return self.backbone.predict(self.pipe, xt, t, conditions)
 
     def enable_gradient_checkpointing(self) -> None:
         """Gradient checkpointing whose recomputation runs at the t of its own forward, also if t has changed since."""
@@ -731,7 +646,9 @@ class Experts:
         if any(type(module.processor).__name__.startswith("Fused") for module in self._attention):
             raise ValueError("fused q, k, v projections bypass the experts: call unfuse_qkv_projections()")
         arguments = dict(zip(self._argument_names, args)) | kwargs
-        t = torch.as_tensor(arguments["timestep"]) * self.backbone.t_scale
+        t = torch.as_tensor(arguments["timestep"])
+        if self.backbone.t_scale != 1:  # t / T in fp32 is 374.99997 / T where t was 375
+            t = (t.float() * self.backbone.t_scale).round(decimals=3)
         route = self.routing.at(t, _call_scale(arguments))
         if self._prompt is not None:
             arguments |= self._conditions(t, route, arguments)
@@ -762,6 +679,7 @@ class Experts:
         self._encode_prompt = self.pipe.encode_prompt
         signature = inspect.signature(self._encode_prompt)
 
+        @functools.wraps(self._encode_prompt)
         def encode_prompt(*args, **kwargs):
             if self.routing.route is not None:  # inside `with experts.at(t)`: the caller routes
                 self._prompt = None
@@ -880,9 +798,8 @@ class Experts:
     def save_expert(self, index: int, path: str | os.PathLike, bank: int = 0, **facts) -> None:
         """Write the expert of one interval as an ordinary LoRA file, with alpha / r baked into B: loaders that know
         nothing of alpha give the same result. The header holds every fact about it. `facts` are added to it."""
-        n, rank = self.routing.banks[bank].n, self.routing.banks[bank].rank
+        n, rank, bounds = (getattr(self.routing.banks[bank], name) for name in ("n", "rank", "bounds"))
         slot = self.routing.banks[bank].indices.index(index)
-        bounds = interval_bounds(n)
         tensors = {}
         for name, layer in self.layers.items():
             A, B = (factor.detach().float() for factor in layer.expert(slot, bank))
@@ -1082,7 +999,16 @@ def read_folder(folder: str | os.PathLike) -> list[tuple[dict, Path]]:
             f"{folder} lacks the experts of intervals {missing} of {first['num_intervals']}; it holds "
             f"{[p.name for p in paths]}. Train them with --interval_indices {' '.join(map(str, missing))}"
         )
-    return sorted(files, key=lambda file: file[0]["interval_index"])
+    files.sort(key=lambda file: file[0]["interval_index"])
+    for facts, path in files:
+        if facts["timesteps"][0] != (low := bounds_of(files)[facts["interval_index"]]):
+            raise ValueError(f"{path} begins at t = {facts['timesteps'][0]}, but the interval before it ends at {low}")
+    return files
+
+
+def bounds_of(files: list[tuple[dict, Path]]) -> list[int]:
+    """The boundaries of the intervals of a folder's experts, from their headers."""
+    return [0] + [facts["timesteps"][1] + 1 for facts, _ in files]
 
 
 def _differences(a: dict, b: dict, names: tuple[str, ...]) -> dict[str, tuple]:

@@ -88,9 +88,8 @@ def settings_of(run: str, rate: float, seed: int, args: argparse.Namespace) -> a
 
 def validation_loss(pipe, experts, rows, settings, accelerator) -> torch.Tensor:
     """Losses (8 intervals, N pictures)."""
-    model, scheduler = train_foster.Trainee(experts), experts.backbone.noise_scheduler(pipe)
-    settings = argparse.Namespace(**vars(settings) | {"num_intervals": INTERVALS})
-    args = (model, experts, scheduler, rows, settings)
+    settings = argparse.Namespace(**vars(settings) | {"interval_bounds": tsm_lora.interval_bounds(INTERVALS)})
+    args = (train_foster.Trainee(experts), experts, rows, settings)
     return torch.stack([train_foster.validation_losses(*args, i, accelerator) for i in range(INTERVALS)])
 
 
@@ -119,11 +118,11 @@ def fine_tune(pipe, train, settings, accelerator):
         factor.requires_grad_(False)
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.adam_weight_decay)
-    scheduler, model = experts.backbone.noise_scheduler(pipe), train_foster.Trainee(experts)
+    process, model = experts.backbone.process(pipe), train_foster.Trainee(experts)
     pictures = data.Pictures(train, settings, data.latent_shape(pipe, settings.resolution), augment=True)
     batches = data.training_loader(pictures, settings, 0, 0, accelerator, None)
     for step, batch in enumerate(tqdm(batches, desc="full fine-tuning"), 1):
-        loss = train_foster.sample_losses(model, experts, scheduler, batch, 0, tsm_lora.T).mean()
+        loss = train_foster.sample_losses(model, experts, process, batch, 0, tsm_lora.T).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()

@@ -1,13 +1,16 @@
-"""Pretrain the bundled `mini/sd15`: a Stable Diffusion pipeline of stock classes for the world's 32x32 pictures.
+"""Pretrain the bundled `mini/sd15`, `mini/pixart` and `mini/sd3`: pipelines of stock classes for the world's 32x32
+pictures.
 
-The autoencoder sees both domains; the UNet and the text encoder see the source domain only, under web captions, so
-that the result draws well and binds badly (world.web_caption). On a CPU, resumable, a function of --seed:
+The autoencoder sees both domains; denoiser and text encoders see the source domain only, under web captions, so that
+the result draws well and binds badly (world.web_caption). All three models share one autoencoder. On a CPU, resumable,
+a function of --seed:
 
-    python mini/pretrain.py --stage vae     # autoencoder -> work_dir/vae.pt and output_dir/vae
-    python mini/pretrain.py --stage decoder # a better decoder for the same latents, in place
-    python mini/pretrain.py --stage unet    # UNet + text encoder -> work_dir/unet.pt and output_dir (fp16 safetensors)
-    python mini/pretrain.py --report        # measures output_dir: round trip, prompts of the source domain
-    python mini/pretrain.py --room          # how far a short full fine-tune lowers the eps loss on the target domain
+    python mini/pretrain.py --stage vae       # autoencoder -> work_dir/vae.pt and mini/sd15/vae
+    python mini/pretrain.py --stage decoder   # a better decoder for the same latents, in place
+    python mini/pretrain.py --stage denoiser  # denoiser + text encoders -> work_dir and mini/sd15 (fp16 safetensors)
+    python mini/pretrain.py --model pixart --stage denoiser   # -> mini/pixart, with the autoencoder of mini/sd15
+    python mini/pretrain.py --model pixart --report   # measures it: round trip, prompts of the source domain
+    python mini/pretrain.py --model pixart --room     # how far a short full fine-tune lowers the target domain's loss
 """
 
 import argparse
@@ -26,11 +29,31 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import backbones
 from mini import world
 
 HERE = Path(__file__).resolve().parent
@@ -105,32 +128,127 @@ def make_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=MAX_TOKENS)
 
 
-def make_text_encoder(tokenizer) -> CLIPTextModel:
-    """Two layers, 128 wide."""
+def make_clip(tokenizer, width: int, layers: int, projected: bool = False) -> CLIPTextModel:
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=MAX_TOKENS,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        projection_dim=width,
     )
-    return CLIPTextModel(config)
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
 
-def make_scheduler() -> DDIMScheduler:
-    """Stable Diffusion 1.5's schedule."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
+def make_t5() -> tuple[T5EncoderModel, T5Tokenizer]:
+    """Two layers, 128 wide. Each of world.WORDS is one token, anything else falls apart into letters."""
+    words = [("\u2581" + word, -1.0) for word in sorted(set(world.WORDS))]
+    letters = [(chr(code), -8.0) for code in range(33, 127)]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -4.0)]
+    tokenizer = T5Tokenizer(vocab=[*special, *words, *letters], extra_ids=0, model_max_length=MAX_TOKENS)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=128,
+        d_kv=32,
+        d_ff=256,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
     )
+    return T5EncoderModel(config), tokenizer
+
+
+def make_sd15(vae: AutoencoderKL) -> StableDiffusionPipeline:
+    """Stable Diffusion 1.5's schedule; a text encoder of two layers, 128 wide."""
+    tokenizer = make_tokenizer()
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=make_clip(tokenizer, 128, 2),
+        tokenizer=tokenizer,
+        unet=make_unet(),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def make_pixart(vae: AutoencoderKL) -> PixArtAlphaPipeline:
+    """PixArt-alpha's schedule and output (noise and a learned variance, of which the noise alone is trained)."""
+    text_encoder, tokenizer = make_t5()
+    transformer = PixArtTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        num_layers=5,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=LATENTS,
+        out_channels=2 * LATENTS,
+        cross_attention_dim=128,
+        caption_channels=128,
+    )
+    return PixArtAlphaPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
+    )
+
+
+def make_sd3(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
+    """SD3's flow matching with shift 3, two CLIPs of unequal widths, no T5; latents without a mean, as SD3's."""
+    with torch.no_grad():
+        z = vae.encode(_pixels(world.scenes("source", "pretrain", 512))).latent_dist.mode()
+    vae.register_to_config(shift_factor=round(z.mean().item(), 5))
+    tokenizer, tokenizer_2 = make_tokenizer(), make_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        num_layers=3,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=LATENTS,
+        out_channels=LATENTS,
+        caption_projection_dim=128,
+        joint_attention_dim=64 + 96,
+        pooled_projection_dim=64 + 96,
+        pos_embed_max_size=8,
+    )
+    return StableDiffusion3Pipeline(
+        vae=vae,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=make_clip(tokenizer, 64, 3, projected=True),
+        tokenizer=tokenizer,
+        text_encoder_2=make_clip(tokenizer_2, 96, 2, projected=True),
+        tokenizer_2=tokenizer_2,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+MODELS = {"sd15": make_sd15, "pixart": make_pixart, "sd3": make_sd3}
+
+
+def trained_parts(pipe) -> torch.nn.ModuleDict:
+    """Denoiser and text encoders."""
+    backbone = backbones.backbone_of(pipe)
+    return torch.nn.ModuleDict({name: getattr(pipe, name) for name in (backbone.denoiser, *backbone.text_encoders)})
 
 
 # --- shared pieces ---
@@ -238,13 +356,13 @@ def train_vae(args: argparse.Namespace) -> None:
             _save(path, _state(vae, optimizer, step + 1, began))
             print("round trip", round_trip(vae, 200), flush=True)
     vae.register_to_config(scaling_factor=latent_scale(vae))
-    _publish(lambda folder: vae.half().save_pretrained(folder), args.output_dir / "vae")
+    _publish(lambda folder: vae.half().save_pretrained(folder), HERE / "sd15/vae")
 
 
 def train_decoder(args: argparse.Namespace) -> None:
     """Polish the decoder on objects (five times the weight of the background); latents stay as they are, so that this
     may run after or beside the UNet stage."""
-    vae = AutoencoderKL.from_pretrained(args.output_dir / "vae").float().requires_grad_(False)
+    vae = load_vae().requires_grad_(False)
     params = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     for p in params:
         p.requires_grad_(True)
@@ -268,7 +386,12 @@ def train_decoder(args: argparse.Namespace) -> None:
         if (step + 1) % 500 == 0 or step + 1 == args.decoder_steps:
             _save(path, _state(vae, optimizer, step + 1, began))
             print("round trip", round_trip(vae, 200), flush=True)
-    _publish(lambda folder: vae.half().save_pretrained(folder), args.output_dir / "vae")
+    _publish(lambda folder: vae.half().save_pretrained(folder), HERE / "sd15/vae")
+
+
+def load_vae() -> AutoencoderKL:
+    """The one that all models share, in fp32."""
+    return AutoencoderKL.from_pretrained(HERE / "sd15/vae").float().eval()
 
 
 @torch.no_grad()
@@ -300,50 +423,44 @@ def _reads(picture, scene):
     return len(found) == len(real) and near and all(key(f) == key(r) for f, r in zip(found, real))
 
 
-# --- stage 2: UNet and text encoder ---
+# --- stage 2: denoiser and text encoders ---
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, scenes: list, batch: int = 250) -> torch.Tensor:
     """Scaled latents (N, C, 8, 8) of scenes; the posterior is so narrow that its mean does."""
     parts = [vae.encode(_pixels(scenes[k : k + batch])).latent_dist.mode() for k in range(0, len(scenes), batch)]
-    return torch.cat(parts) * vae.config.scaling_factor
+    return (torch.cat(parts) - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
 
 
-def _token_ids(tokenizer, texts):
-    """(B, MAX_TOKENS) as the pipeline pads."""
-    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-
-
-def _eps_loss(unet, text_encoder, tokenizer, scheduler, x0, texts, generator):
-    """Per-sample squared error of the noise, t uniform."""
+def _loss(pipe, x0, texts, generator, **options):
+    """Per-sample squared error of the prediction, t as the model family draws it."""
+    backbone = backbones.backbone_of(pipe)
+    process = backbone.process(pipe)
     noise = torch.randn(x0.shape, generator=generator)
-    t = torch.randint(scheduler.config.num_train_timesteps, (len(x0),), generator=generator)
-    cond = text_encoder(_token_ids(tokenizer, texts))[0]
-    pred = unet(scheduler.add_noise(x0, noise, t), t, cond).sample
-    return (pred - noise).square().mean((1, 2, 3))
+    t = process.draw_t(torch.rand(len(x0), generator=generator), 0, backbones.T)
+    xt, target = process.diffuse(x0, noise, t)
+    pred = backbone.predict(pipe, xt, t, backbone.conditions(backbone.encode(pipe, texts, **options)))
+    return (pred - target).square().mean((1, 2, 3))
 
 
 def _captions(scenes, picks, write, rng):
     return [write(scenes[k], rng) for k in picks]
 
 
-def train_unet(args: argparse.Namespace) -> None:
+def train_denoiser(args: argparse.Namespace) -> None:
     """Joint training from scratch on source pictures with web captions; publishes the moving average."""
     torch.manual_seed(args.seed)
-    vae = AutoencoderKL.from_pretrained(args.output_dir / "vae").float().eval()
-    tokenizer, scheduler, unet = make_tokenizer(), make_scheduler(), make_unet()
-    text_encoder = make_text_encoder(tokenizer)
-    model = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).train()
-    model.to(memory_format=torch.channels_last)
+    pipe = MODELS[args.model](load_vae())
+    model = trained_parts(pipe).train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
     average = {k: v.clone() for k, v in model.state_dict().items()}
-    path, first, began = args.work_dir / "unet.pt", 0, time.time()
+    path, first, began = args.work_dir / f"{args.model}.pt", 0, time.time()
     if path.exists():
         first, began = _resume(path, model, optimizer)
         average = torch.load(path, weights_only=True)["average"]
     scenes = world.scenes("source", "pretrain", args.pictures)
-    latents = encode(vae, scenes)
+    latents = encode(pipe.vae, scenes)
     print(f"{len(scenes)} latents, std {latents.std():.3f}, {time.time() - began:.0f}s", flush=True)
     total, steps = 0.0, args.steps
     for step in range(first, steps):
@@ -351,7 +468,9 @@ def train_unet(args: argparse.Namespace) -> None:
         rng = np.random.default_rng([args.seed, step])
         picks = rng.integers(len(scenes), size=args.batch_size)
         texts = _captions(scenes, picks, world.web_caption, rng)
-        loss = _eps_loss(unet, text_encoder, tokenizer, scheduler, latents[picks], texts, generator).mean()
+        # a plain pipe(prompt) of SD3 hands over 256 empty T5 tokens instead of MAX_TOKENS; both shall draw well
+        options = {"max_sequence_length": 256} if args.model == "sd3" and step % 10 == 0 else {}
+        loss = _loss(pipe, latents[picks], texts, generator, **options).mean()
         _update(optimizer, loss, model.parameters(), args.learning_rate * _schedule(step, steps, 200))
         _follow(average, model, min(args.ema_decay, (1 + step) / (10 + step)))
         total += loss.item()
@@ -360,9 +479,9 @@ def train_unet(args: argparse.Namespace) -> None:
             total = 0.0
         if (step + 1) % args.checkpointing_steps == 0 or step + 1 == steps:
             _save(path, {**_state(model, optimizer, step + 1, began), "average": average})
-            publish(args, tokenizer, average, step + 1)
+            publish(args, average, step + 1)
     if first == steps:  # nothing was left to train: publish what there is
-        publish(args, tokenizer, average, steps)
+        publish(args, average, steps)
 
 
 @torch.no_grad()
@@ -371,35 +490,26 @@ def _follow(average, model, decay):
         average[name].lerp_(value, 1 - decay) if value.is_floating_point() else average[name].copy_(value)
 
 
-def _seconds(work_dir):
+def _seconds(args):
     """Time spent on each stage, from its checkpoint."""
-    paths = {stage: work_dir / f"{stage}.pt" for stage in ("vae", "decoder", "unet")}
+    paths = {stage: args.work_dir / f"{stage}.pt" for stage in ("vae", "decoder", args.model)}
     return {s: round(torch.load(p, weights_only=True)["seconds"]) for s, p in paths.items() if p.exists()}
 
 
-def publish(args: argparse.Namespace, tokenizer, average: dict, step: int) -> None:
+def publish(args: argparse.Namespace, average: dict, step: int) -> None:
     """Write the averaged weights as a pipeline folder in fp16, with how it was made in pretraining.json."""
-    unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
-    torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).load_state_dict(average)
-    pipe = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(args.output_dir / "vae"),
-        text_encoder=text_encoder.half(),
-        tokenizer=tokenizer,
-        unet=unet.half(),
-        scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.vae.half()
+    pipe = MODELS[args.model](load_vae())
+    trained_parts(pipe).load_state_dict(average)
+    parts = {name: c.half() for name, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
     names = "seed vae_steps vae_batch_size vae_learning_rate kl_weight steps batch_size learning_rate ema_decay"
+    stages = [f"python mini/pretrain.py --stage {stage}" for stage in ("vae", "decoder")]
     made = {
-        "command": " && ".join(f"python mini/pretrain.py --stage {stage}" for stage in ("vae", "decoder", "unet")),
+        "command": " && ".join([*stages, f"python mini/pretrain.py --model {args.model} --stage denoiser"]),
         "settings": {name: getattr(args, name) for name in (*names.split(), "pictures")},
         "world_version": world.WORLD_VERSION,
-        "unet_steps": step,
-        "seconds": _seconds(args.work_dir),
-        "parameters": {k: m.num_parameters() for k, m in pipe.components.items() if isinstance(m, torch.nn.Module)},
+        "denoiser_steps": step,
+        "seconds": _seconds(args),
+        "parameters": {name: part.num_parameters() for name, part in parts.items()},
         "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers, np)},
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
     }
@@ -414,14 +524,14 @@ def publish(args: argparse.Namespace, tokenizer, average: dict, step: int) -> No
 # --- measurements ---
 
 
-def load(folder: Path) -> StableDiffusionPipeline:
+def load(folder: Path):
     """The pipeline in fp32."""
-    pipe = StableDiffusionPipeline.from_pretrained(folder).to(torch.float32)
+    pipe = backbones.load_pipeline(folder).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def draw(pipe: StableDiffusionPipeline, texts: list[str], args: argparse.Namespace) -> np.ndarray:
+def draw(pipe, texts: list[str], args: argparse.Namespace) -> np.ndarray:
     """(N, 32, 32, 3) uint8; picture k uses seed + k."""
     parts = []
     for k in range(0, len(texts), 50):
@@ -432,6 +542,7 @@ def draw(pipe: StableDiffusionPipeline, texts: list[str], args: argparse.Namespa
             guidance_scale=args.guidance_scale,
             generator=seeds,
             output_type="np",
+            **backbones.backbone_of(pipe).sampling(pipe),
         ).images
         parts.append((images * 255).round().astype(np.uint8))
     return np.concatenate(parts)
@@ -462,10 +573,9 @@ def report(args: argparse.Namespace) -> dict:
 
 
 def room(args: argparse.Namespace) -> dict:
-    """eps loss on held-out target pictures with true captions, before and after a short full fine-tune."""
+    """Loss on held-out target pictures with true captions, before and after a short full fine-tune."""
     pipe = load(args.output_dir)
     rng = np.random.default_rng(args.seed)
-    parts = (pipe.unet, pipe.text_encoder, pipe.tokenizer, make_scheduler())
     data = {}
     for split, count in (("validation", 512), ("train", 4000)):
         scenes = world.scenes("target", split, count)
@@ -475,17 +585,16 @@ def room(args: argparse.Namespace) -> dict:
     def held_out():
         scenes, x0 = data["validation"]
         texts = _captions(scenes, range(len(scenes)), world.caption, np.random.default_rng(0))
-        runs = [_eps_loss(*parts, x0, texts, torch.Generator().manual_seed(k)).mean().item() for k in range(4)]
+        runs = [_loss(pipe, x0, texts, torch.Generator().manual_seed(k)).mean().item() for k in range(4)]
         return float(np.mean(runs))
 
-    params = [*pipe.unet.parameters(), *pipe.text_encoder.parameters()]
-    optimizer = torch.optim.AdamW(params, lr=args.room_learning_rate)
+    optimizer = torch.optim.AdamW(trained_parts(pipe).parameters(), lr=args.room_learning_rate)
     result = {"before": round(held_out(), 5)}
     for step in range(args.room_steps):
         scenes, x0 = data["train"]
         picks = rng.integers(len(scenes), size=args.batch_size)
         texts = _captions(scenes, picks, world.caption, rng)
-        loss = _eps_loss(*parts, x0[picks], texts, torch.Generator().manual_seed(step)).mean()
+        loss = _loss(pipe, x0[picks], texts, torch.Generator().manual_seed(step)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -497,10 +606,11 @@ def room(args: argparse.Namespace) -> dict:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=("vae", "unet", "decoder"))
+    parser.add_argument("--model", choices=MODELS, default="sd15")
+    parser.add_argument("--stage", choices=("vae", "decoder", "denoiser"))
     parser.add_argument("--report", action="store_true", help="measure output_dir and add the numbers to its JSON")
     parser.add_argument("--room", action="store_true", help="measure what a fine-tune on the target domain can gain")
-    parser.add_argument("--output_dir", type=Path, default=HERE / "sd15")
+    parser.add_argument("--output_dir", type=Path, help="mini/<model> if not given")
     parser.add_argument("--work_dir", type=Path, default=HERE / "data" / "pretrain", help="checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("autoencoder")
@@ -510,7 +620,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--kl_weight", type=float, default=1e-4)
     group.add_argument("--decoder_steps", type=int, default=3000)
     group.add_argument("--decoder_learning_rate", type=float, default=1e-3)
-    group = parser.add_argument_group("UNet and text encoder")
+    group = parser.add_argument_group("denoiser and text encoders")
     group.add_argument("--steps", type=int, default=8000)
     group.add_argument("--batch_size", type=int, default=64)
     group.add_argument("--learning_rate", type=float, default=1e-3)
@@ -524,7 +634,9 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--sheet", help="PNG to write a contact sheet to")
     group.add_argument("--room_steps", type=int, default=200)
     group.add_argument("--room_learning_rate", type=float, default=3e-4)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.output_dir = args.output_dir or HERE / args.model
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
@@ -532,12 +644,11 @@ def main(args: argparse.Namespace) -> None:
         train_vae(args)
     if args.stage == "decoder":
         train_decoder(args)
-    if args.stage == "unet":
-        train_unet(args)
+    if args.stage == "denoiser":
+        train_denoiser(args)
     numbers = {}
     if args.report:
-        vae = AutoencoderKL.from_pretrained(args.output_dir / "vae").float()
-        numbers["round_trip"] = round_trip(vae, 512)
+        numbers["round_trip"] = round_trip(load_vae(), 512)
         numbers["report"] = report(args)
     if args.room:
         numbers["room"] = room(args)

@@ -11,9 +11,16 @@ import torch  # noqa: E402
 from diffusers import (  # noqa: E402
     AutoencoderKL,
     DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image  # noqa: E402
@@ -22,6 +29,7 @@ from torch import nn  # noqa: E402
 from transformers import (  # noqa: E402
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     T5Config,
     T5EncoderModel,
@@ -44,43 +52,74 @@ def tiny_tokenizer(length: int = 12) -> CLIPTokenizer:
     return CLIPTokenizer(vocab={token: k for k, token in enumerate(tokens)}, merges=[], model_max_length=length)
 
 
-def tiny_vae() -> AutoencoderKL:
+def tiny_vae(**options) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=4,
         sample_size=16,
+        **options,
     ).eval()
 
 
-def tiny_sd(seed: int = 0, prediction_type: str = "epsilon") -> StableDiffusionPipeline:
-    torch.manual_seed(seed)
-    tokenizer = tiny_tokenizer()
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=12,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+def tiny_clip(tokenizer, width: int = 16, projected: bool = False) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        projection_dim=width,
     )
-    unet = UNet2DConditionModel(
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+
+
+def tiny_t5(width: int = 16) -> tuple[T5EncoderModel, T5Tokenizer]:
+    letters = [(chr(code), -8.0) for code in range(33, 127)]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
+    tokenizer = T5Tokenizer(vocab=[*special, *letters], extra_ids=0, model_max_length=120)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
+    )
+    return T5EncoderModel(config).eval(), tokenizer
+
+
+def tiny_unet(**options) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
         block_out_channels=(16, 32),
         layers_per_block=1,
         sample_size=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
         attention_head_dim=2,
         norm_num_groups=8,
-    )
-    vae = tiny_vae()
+        **options,
+    ).eval()
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_sd(seed: int = 0, prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    text_encoder = tiny_clip(tokenizer)
+    unet = tiny_unet(cross_attention_dim=16)
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -90,41 +129,46 @@ def tiny_sd(seed: int = 0, prediction_type: str = "epsilon") -> StableDiffusionP
         steps_offset=1,
         prediction_type=prediction_type,
     )
-    pipe = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    return quiet(
+        StableDiffusionPipeline(
+            vae=tiny_vae(),
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
     )
-    pipe.set_progress_bar_config(disable=True)
-    for module in (unet, vae, text_encoder):
-        module.eval()
-    return pipe
+
+
+def tiny_sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    unet = tiny_unet(
+        cross_attention_dim=40,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 24,
+    )
+    return quiet(
+        StableDiffusionXLPipeline(
+            vae=tiny_vae(),
+            text_encoder=tiny_clip(tokenizer),
+            tokenizer=tokenizer,
+            text_encoder_2=tiny_clip(tokenizer, 24, projected=True),
+            tokenizer_2=tokenizer,
+            unet=unet,
+            scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+            add_watermarker=False,
+        )
+    )
 
 
 def tiny_pixart(seed: int = 0) -> PixArtAlphaPipeline:
     torch.manual_seed(seed)
-    letters = [(chr(code), -8.0) for code in range(33, 127)]
-    tokenizer = T5Tokenizer(
-        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0), *letters], extra_ids=0, model_max_length=120
-    )
-    text_encoder = T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=16,
-            d_kv=8,
-            d_ff=32,
-            num_layers=2,
-            num_heads=2,
-            feed_forward_proj="gated-gelu",
-            is_encoder_decoder=False,
-            use_cache=False,
-        )
-    )
+    text_encoder, tokenizer = tiny_t5()
     transformer = PixArtTransformer2DModel(
         sample_size=8,
         num_layers=2,
@@ -136,15 +180,74 @@ def tiny_pixart(seed: int = 0) -> PixArtAlphaPipeline:
         out_channels=8,  # with a learned variance
     )
     nn.init.normal_(transformer.proj_out.weight)
-    pipe = PixArtAlphaPipeline(
-        tokenizer=tokenizer,
-        text_encoder=text_encoder.eval(),
-        vae=tiny_vae(),
-        transformer=transformer.eval(),
-        scheduler=DDIMScheduler(clip_sample=False),
+    return quiet(
+        PixArtAlphaPipeline(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=tiny_vae(),
+            transformer=transformer.eval(),
+            scheduler=DDIMScheduler(clip_sample=False),
+        )
     )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+
+
+def tiny_sd3(seed: int = 0, with_t5: bool = True) -> StableDiffusion3Pipeline:
+    torch.manual_seed(seed)
+    tokenizer, (t5, t5_tokenizer) = tiny_tokenizer(), tiny_t5(48) if with_t5 else (None, None)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        joint_attention_dim=48,  # wider than both CLIPs together, as SD3's
+        caption_projection_dim=16,
+        pooled_projection_dim=40,
+        pos_embed_max_size=8,
+    )
+    nn.init.normal_(transformer.proj_out.weight)
+    return quiet(
+        StableDiffusion3Pipeline(
+            transformer=transformer.eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=tiny_vae(shift_factor=0.06, scaling_factor=1.5),
+            text_encoder=tiny_clip(tokenizer, projected=True),
+            tokenizer=tokenizer,
+            text_encoder_2=tiny_clip(tokenizer, 24, projected=True),
+            tokenizer_2=tokenizer,
+            text_encoder_3=t5,
+            tokenizer_3=t5_tokenizer,
+        )
+    )
+
+
+def tiny_flux(seed: int = 0) -> FluxPipeline:
+    torch.manual_seed(seed)
+    tokenizer, (t5, t5_tokenizer) = tiny_tokenizer(), tiny_t5()
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        guidance_embeds=True,
+        axes_dims_rope=(2, 2, 4),
+    )
+    nn.init.normal_(transformer.proj_out.weight)
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=tiny_vae(shift_factor=0.1, scaling_factor=0.4),
+        text_encoder=tiny_clip(tokenizer),
+        tokenizer=tokenizer,
+        text_encoder_2=t5,
+        tokenizer_2=t5_tokenizer,
+        transformer=transformer.eval(),
+    )
+    pipe.default_sample_size = 8
+    return quiet(pipe)
 
 
 @pytest.fixture

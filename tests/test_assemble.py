@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
+import backbones
 import tsm_lora
 from tsm_lora import Bank, ExpertLayer, Router, Routing, T, assemble_experts, attach_experts, attach_moe, load_experts
 
@@ -249,7 +250,7 @@ def test_router_parameters_of_the_papers_models():
     from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
     from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-    attention = tsm_lora.ATTENTION
+    attention = backbones.ATTENTION
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SD15_UNET)
         clip = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12))

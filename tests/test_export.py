@@ -109,7 +109,7 @@ def test_keyframes_cover_every_step_once_by_the_expert_of_its_t(name, n):
         scheduler = cls(**betas)
         ab = scheduler.alphas_cumprod.double()
         sigmas = ((1 - ab) / ab).sqrt()
-    frames = export.keyframes(n, scheduler)
+    frames = export.keyframes(tsm_lora.interval_bounds(n), scheduler)
     for steps in (4, 20, 28, 50):
         scheduler.set_timesteps(steps)
         for t in scheduler.timesteps.tolist():
@@ -121,7 +121,7 @@ def test_keyframes_cover_every_step_once_by_the_expert_of_its_t(name, n):
                 if sigma <= percent_to_sigma(start, sigmas, shift)
                 and (end >= 1 or not sigma <= percent_to_sigma(end, sigmas, shift))
             ]
-            assert active == [int(tsm_lora.interval_index(t, n))], (t, frames)
+            assert active == [int(tsm_lora.interval_index(t, tsm_lora.interval_bounds(n)))], (t, frames)
 
 
 def test_keyframe_file(world, tmp_path):

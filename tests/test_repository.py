@@ -44,7 +44,11 @@ def test_documented_commands_parse(monkeypatch):
     assert len(commands) >= 12 and {name for name, _ in commands} == set(SCRIPTS)
     for name, arguments in commands:
         monkeypatch.setattr(train_assemble.Path, "is_dir", lambda path: True)  # experts of earlier commands
-        monkeypatch.setattr(train_assemble.tsm_lora, "read_folder", lambda folder: [({"num_intervals": 8}, folder)])
+        monkeypatch.setattr(
+            train_assemble.tsm_lora,
+            "read_folder",
+            lambda folder: [({"num_intervals": 1, "timesteps": [0, 999]}, folder)],
+        )
         SCRIPTS[name].parse_args(arguments)
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import backbones
 import data
 import train_foster
 import tsm_lora
@@ -370,15 +371,15 @@ def test_card_and_hub(world, full_run, tmp_path):
 
 
 def test_min_snr_weights():
-    scheduler = tsm_lora.backbone_of(tiny_sd()).noise_scheduler(tiny_sd())
+    process = backbones.Diffusion(tiny_sd(), backbones.Weighting(snr_gamma=5.0))
     t = torch.tensor([0, 300, 999])
-    ab = scheduler.alphas_cumprod[t]
+    ab = process.scheduler.alphas_cumprod[t]
     snr = ab / (1 - ab)
     assert snr[0] > 5 > snr[2]
     expected = torch.stack([5 / snr[0], torch.clamp(5 / snr[1], max=1), torch.tensor(1.0)])
-    torch.testing.assert_close(train_foster.snr_weights(scheduler, t, 5.0), expected)
-    scheduler.register_to_config(prediction_type="v_prediction")
-    torch.testing.assert_close(train_foster.snr_weights(scheduler, t, 5.0)[2], snr[2] / (snr[2] + 1))
+    torch.testing.assert_close(process.loss_weights(t), expected)
+    process.scheduler.register_to_config(prediction_type="v_prediction")
+    torch.testing.assert_close(process.loss_weights(t)[2], snr[2] / (snr[2] + 1))
 
 
 def test_8bit_adam_and_min_snr_train(world, full_run, tmp_path):
