@@ -150,6 +150,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--adam_beta1", type=float, default=0.9)
     add("--adam_beta2", type=float, default=0.999)
     add("--adam_weight_decay", type=float, default=1e-2)
+    add("--adam_weight_decay_text_encoder", type=float, help="--adam_weight_decay if not given")
     add("--adam_epsilon", type=float, default=1e-8)
     add("--max_grad_norm", type=float, default=1.0)
     add("--snr_gamma", type=float, help="of diffusion models: min-SNR weights of the loss; 5.0 is usual")
@@ -455,17 +456,18 @@ def named_checkpoint(args: argparse.Namespace, folder: Path) -> Path | None:
 def make_optimizer(experts: tsm_lora.Experts, args: argparse.Namespace) -> torch.optim.Optimizer:
     denoiser = experts.parameters(experts.backbone.denoiser)
     encoders = experts.parameters()[len(denoiser) :]
-    text_encoder_lr = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
-    groups = [
-        {"params": [p for p in parameters if p.requires_grad], "lr": lr}
-        for parameters, lr in ((denoiser, args.learning_rate), (encoders, text_encoder_lr))
-    ]
+    groups = [{"params": [p for p in parameters if p.requires_grad]} for parameters in (denoiser, encoders)]
+    if args.text_encoder_lr is not None:
+        groups[1]["lr"] = args.text_encoder_lr
+    if args.adam_weight_decay_text_encoder is not None:
+        groups[1]["weight_decay"] = args.adam_weight_decay_text_encoder
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as AdamW  # slow to import
     else:
         AdamW = partial(torch.optim.AdamW, fused=True)
     return AdamW(
         [group for group in groups if group["params"]],
+        lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,

@@ -192,7 +192,7 @@ def make_pixart(vae: AutoencoderKL) -> PixArtAlphaPipeline:
     text_encoder, tokenizer = make_t5()
     transformer = PixArtTransformer2DModel(
         sample_size=8,
-        patch_size=2,
+        patch_size=1,
         num_layers=5,
         num_attention_heads=4,
         attention_head_dim=32,
@@ -218,7 +218,7 @@ def make_sd3(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
     tokenizer, tokenizer_2 = make_tokenizer(), make_tokenizer()
     transformer = SD3Transformer2DModel(
         sample_size=8,
-        patch_size=2,
+        patch_size=1,
         num_layers=3,
         num_attention_heads=4,
         attention_head_dim=32,
@@ -502,9 +502,9 @@ def publish(args: argparse.Namespace, average: dict, step: int) -> None:
     trained_parts(pipe).load_state_dict(average)
     parts = {name: c.half() for name, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
     names = "seed vae_steps vae_batch_size vae_learning_rate kl_weight steps batch_size learning_rate ema_decay"
-    stages = [f"python mini/pretrain.py --stage {stage}" for stage in ("vae", "decoder")]
+    *stages, stage = (f"python mini/pretrain.py --stage {stage}" for stage in ("vae", "decoder", "denoiser"))
     made = {
-        "command": " && ".join([*stages, f"python mini/pretrain.py --model {args.model} --stage denoiser"]),
+        "command": " && ".join([*stages, f"{stage} --model {args.model} --batch_size {args.batch_size}"]),
         "settings": {name: getattr(args, name) for name in (*names.split(), "pictures")},
         "world_version": world.WORLD_VERSION,
         "denoiser_steps": step,

@@ -370,6 +370,18 @@ def test_card_and_hub(world, full_run, tmp_path):
     assert all(b"secret-token" not in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
 
 
+def test_text_encoders_may_have_their_own_rate_and_decay():
+    """SD3's settings in the paper's appendix A.1."""
+    flags = ["--learning_rate", "1e-5", "--adam_weight_decay", "1e-4", "--train_text_encoder"]
+    own = ["--text_encoder_lr", "5e-6", "--adam_weight_decay_text_encoder", "1e-3"]
+    experts = tsm_lora.attach_experts(tiny_sd(), 2)
+    for more, expected in ((own, (5e-6, 1e-3)), ([], (1e-5, 1e-4))):
+        denoiser, encoder = train_foster.make_optimizer(experts, train_foster.parse_args(flags + more)).param_groups
+        assert (denoiser["lr"], denoiser["weight_decay"]) == (1e-5, 1e-4)
+        assert (encoder["lr"], encoder["weight_decay"]) == expected
+        assert len(encoder["params"]) == len(experts.parameters("text_encoder")) > 0
+
+
 def test_min_snr_weights():
     process = backbones.Diffusion(tiny_sd(), backbones.Weighting(snr_gamma=5.0))
     t = torch.tensor([0, 300, 999])
