@@ -38,12 +38,15 @@ SCHEMES = ("none", "logit_normal", "mode", "sigma_sqrt", "cosmap")
 
 
 class Diffusion:
-    """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise, t = 0 .. T-1, and epsilon, v or x0 as the target."""
+    """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise, t = 0 .. T-1, and epsilon, v or x0 as the target. With
+    VideoCrafter2's scheduler, s_t x0 takes the place of x0."""
 
     def __init__(self, pipe, weighting: Weighting = Weighting()):
         if weighting.scheme != "none":
             raise ValueError(f"--weighting_scheme {weighting.scheme} is for flow models; here --snr_gamma weights")
-        self.scheduler, self.gamma = DDPMScheduler.from_config(pipe.scheduler.config), weighting.snr_gamma
+        scaled = hasattr(pipe.scheduler, "signal_scale")
+        self.scheduler = pipe.scheduler if scaled else DDPMScheduler.from_config(pipe.scheduler.config)
+        self.gamma = weighting.snr_gamma
 
     def bounds(self, n: int) -> list[int]:
         """Boundaries of n intervals of equal probability: those of equal width, since t is uniform."""
@@ -68,6 +71,8 @@ class Diffusion:
         if self.gamma is None:
             return 1.0
         snr = compute_snr(self.scheduler, t).clamp(min=1e-8)  # 0 at zero terminal SNR
+        if hasattr(self.scheduler, "signal_scale"):
+            snr = snr * self.scheduler.signal_scale.to(snr)[t] ** 2
         over = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
         return snr.clamp(max=self.gamma) / over[self.scheduler.config.prediction_type]
 
@@ -252,6 +257,15 @@ BACKBONES = {
             "text_embeds": _joined(*encoded[2:]),
         },
         predict=_sdxl_predict,
+    ),
+    "TextToVideoSD": Backbone(  # VideoCrafter2 and ModelScope; appendix A.2.2: spatial and temporal attention
+        denoiser="unet",
+        text_encoders={"text_encoder": ("out_proj",)},
+        targets=("to_k", "to_v"),
+        process=Diffusion,
+        encode=lambda pipe, prompts: pipe.encode_prompt(prompts, pipe.unet.device, 1, False),
+        conditions=lambda encoded: {"encoder_hidden_states": _joined(*encoded)},
+        predict=_sd_predict,
     ),
     "PixArt": Backbone(  # alpha and Sigma; appendix A.1 and A.2
         denoiser="transformer",

@@ -615,6 +615,9 @@ class Experts:
 
     def enable_gradient_checkpointing(self) -> None:
         """Gradient checkpointing whose recomputation runs at the t of its own forward, also if t has changed since."""
+        denoiser = self.components[self.backbone.denoiser]
+        if not denoiser._supports_gradient_checkpointing:
+            raise ValueError(f"diffusers' {type(denoiser).__name__} cannot checkpoint: train without")
         func = functools.partial(checkpoint, use_reentrant=False, context_fn=self.routing.recompute_context)
         for component in self.components.values():
             component.eval()  # no dropout anywhere

@@ -21,7 +21,9 @@ from diffusers import (  # noqa: E402
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    TextToVideoSDPipeline,
     UNet2DConditionModel,
+    UNet3DConditionModel,
 )
 from PIL import Image  # noqa: E402
 from tokenizers import pre_tokenizers  # noqa: E402
@@ -35,6 +37,8 @@ from transformers import (  # noqa: E402
     T5EncoderModel,
     T5Tokenizer,
 )
+
+from videocrafter import UNet3DVideoCrafterConditionModel, VideoCrafterDDIMScheduler  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -248,6 +252,37 @@ def tiny_flux(seed: int = 0) -> FluxPipeline:
     )
     pipe.default_sample_size = 8
     return quiet(pipe)
+
+
+def tiny_video(seed: int = 0, modelscope: bool = False) -> TextToVideoSDPipeline:
+    """VideoCrafter2's classes, or the stock ones."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    unet = (UNet3DConditionModel if modelscope else UNet3DVideoCrafterConditionModel)(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    for name, parameter in unet.named_parameters():
+        if "temp_convs" in name and not parameter.any():
+            nn.init.normal_(parameter, std=0.1)  # the stock init leaves the temporal convolutions out
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    return quiet(
+        TextToVideoSDPipeline(
+            vae=tiny_vae(),
+            text_encoder=tiny_clip(tokenizer),
+            tokenizer=tokenizer,
+            unet=unet.eval(),
+            scheduler=(DDIMScheduler if modelscope else VideoCrafterDDIMScheduler)(
+                **schedule, clip_sample=False, set_alpha_to_one=False
+            ),
+        )
+    )
 
 
 @pytest.fixture

@@ -1,0 +1,190 @@
+"""VideoCrafter2's classes, and timestep experts in video UNets."""
+
+import math
+
+import pytest
+import torch
+from conftest import delta, tiny_video
+from diffusers import DiffusionPipeline, UNet3DConditionModel
+from safetensors.torch import load_file, save_file
+from test_tsm_lora import fill, relative
+
+import backbones
+from backbones import T, Weighting
+from tsm_lora import attach_experts, load_experts
+from videocrafter import UNet3DVideoCrafterConditionModel, VideoCrafterDDIMScheduler
+
+PROMPTS, FRAMES, STEPS, N = ["a red circle", "b"], 3, 6, 8
+
+
+def alpha_bars():
+    return (1 - torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2).cumprod(0)
+
+
+def scale(t):
+    """s_t by VideoCrafter's rule: 400 even steps from 1 to 0.7, then 0.7."""
+    return 1 - 0.3 * t / 399 if t < 400 else 0.7
+
+
+def test_noising_at_every_t():
+    pipe, ab = tiny_video(), alpha_bars()
+    process = backbones.backbone_of(pipe).process(pipe)
+    x0, noise = torch.randn(1, 4, 2, 4, 4), torch.randn(1, 4, 2, 4, 4)
+    t = torch.arange(T)
+    xt, target = process.diffuse(x0.expand(T, -1, -1, -1, -1), noise.expand(T, -1, -1, -1, -1), t)
+    signal = (ab.sqrt() * torch.tensor([scale(k) for k in range(T)], dtype=torch.float64)).view(-1, 1, 1, 1, 1)
+    expected = signal * x0 + (1 - ab).sqrt().view(-1, 1, 1, 1, 1) * noise
+    torch.testing.assert_close(xt.double(), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(target[5], noise[0])
+    weights = backbones.Diffusion(pipe, Weighting(snr_gamma=5.0)).loss_weights(torch.tensor([700]))
+    snr = ab[700] * 0.49 / (1 - ab[700])
+    assert snr < 5 and weights.item() == pytest.approx(1.0)
+    weights = backbones.Diffusion(pipe, Weighting(snr_gamma=5.0)).loss_weights(torch.tensor([100]))
+    assert weights.item() == pytest.approx((5 * (1 - ab[100]) / (ab[100] * scale(100) ** 2)).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("steps", [4, 50])
+def test_sampling_inverts_the_noising(steps):
+    """A model that knows the noise: DDIM stays on x_t of the formula at each of its timesteps and ends at x0."""
+    scheduler, ab = tiny_video().scheduler, alpha_bars()
+    scheduler.set_timesteps(steps)
+    x0, noise = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
+    stays = [t.item() for t in scheduler.timesteps] + [0]
+    x = (ab[stays[0]] ** 0.5 * scale(stays[0])).float() * x0 + ((1 - ab[stays[0]]) ** 0.5).float() * noise
+    for t, before in zip(stays, stays[1:]):
+        step = scheduler.step(noise, torch.tensor(t), x)
+        torch.testing.assert_close(step.pred_original_sample, x0, atol=1e-3, rtol=1e-3)
+        x = step.prev_sample
+        expected = (ab[before] ** 0.5 * scale(before)).float() * x0 + ((1 - ab[before]) ** 0.5).float() * noise
+        torch.testing.assert_close(x, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_other_schedulers_are_refused():
+    assert VideoCrafterDDIMScheduler().compatibles == []
+
+
+def test_frame_rate_counts():
+    pipe = tiny_video()
+    x, text = torch.randn(2, 4, FRAMES, 8, 8), torch.randn(2, 12, 16)
+    with torch.no_grad():
+        default = pipe.unet(x, 10, text).sample
+        assert torch.equal(default, pipe.unet(x, 10, text, fps=28).sample)
+        assert relative(default, pipe.unet(x, 10, text, fps=8).sample) > 1e-4
+        mixed = pipe.unet(x, 10, text, fps=torch.tensor([8, 28])).sample
+        torch.testing.assert_close(mixed[1], default[1])
+        pipe.unet.fps = 8
+        torch.testing.assert_close(mixed[0], pipe.unet(x, 10, text).sample[0])
+
+
+def test_unet_without_frame_rate_equals_the_stock_one():
+    ours = tiny_video().unet
+    config = {k: v for k, v in ours.config.items() if k not in ("fps", "fps_cond") and not k.startswith("_")}
+    stock = UNet3DConditionModel(**config).eval()
+    ours = UNet3DVideoCrafterConditionModel(**config, fps_cond=False).eval()
+    assert ours.load_state_dict(stock.state_dict(), strict=True)
+    x, text = torch.randn(2, 4, FRAMES, 8, 8), torch.randn(2, 12, 16)
+    assert torch.equal(ours(x, 10, text).sample, stock(x, 10, text).sample)
+
+
+def test_checkpoint_without_frame_rate_is_refused(tmp_path):
+    tiny_video().save_pretrained(tmp_path)
+    assert type(DiffusionPipeline.from_pretrained(tmp_path).unet) is UNet3DVideoCrafterConditionModel
+    path = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if "fps" not in k}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 4 weights, such as fps_embedding"):
+        backbones.load_pipeline(tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("modelscope", [False, True])
+@pytest.mark.parametrize("guidance", [9.0, 1.0])
+def test_plain_pipeline_equals_hand_written_loop(tmp_path, modelscope, guidance):
+    """In the stock pipeline, which has no step callback; text encoder included."""
+    pipe = tiny_video(modelscope=modelscope)
+    experts = fill(attach_experts(pipe, N, rank=2, generator=torch.Generator().manual_seed(1)))
+    for i in range(N):
+        experts.save_expert(i, tmp_path / f"interval-{i:03d}.safetensors")
+    experts.unload()
+    experts = load_experts(pipe, tmp_path)
+
+    def sample():
+        call = {"num_inference_steps": STEPS, "num_frames": FRAMES, "guidance_scale": guidance, "height": 16}
+        generator = torch.Generator().manual_seed(3)
+        return pipe(
+            PROMPTS, negative_prompt=["ugly", ""], width=16, generator=generator, output_type="latent", **call
+        )[0]
+
+    ours = sample()
+    deltas = [{name: delta(layer, i) for name, layer in experts.layers.items()} for i in range(N)]
+    kinds = ("transformer_in", "temp_attentions", "attentions", "text_encoder")
+    assert all(any(kind in name for name in deltas[0]) for kind in kinds)
+    experts.unload()
+    base = sample()
+    modules = {f"{c}.{k}": m for c in ("unet", "text_encoder") for k, m in getattr(pipe, c).named_modules()}
+    originals = {name: modules[name].weight.clone() for name in deltas[0]}
+    pipe.scheduler.set_timesteps(STEPS)
+    x, used = torch.randn(2, 4, FRAMES, 8, 8, generator=torch.Generator().manual_seed(3)), set()
+    for t in pipe.scheduler.timesteps:
+        i = math.floor(t) * N // T
+        used.add(i)
+        for name, addition in deltas[i].items():
+            modules[name].weight.data = originals[name] + addition
+        positive, negative = pipe.encode_prompt(PROMPTS, "cpu", 1, True, ["ugly", ""])
+        pred = pipe.unet(x, t, positive).sample
+        if guidance > 1:
+            uncond = pipe.unet(x, t, negative).sample
+            pred = uncond + guidance * (pred - uncond)
+        x = pipe.scheduler.step(pred, t, x).prev_sample
+    assert len(used) > 2 and relative(ours, x) < 1e-5 < 0.01 < relative(base, x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("modelscope", [False, True])
+def test_mixed_batch_equals_single_samples(modelscope):
+    """Rows of B * F in spatial attention and of B * H * W in temporal attention, each with the expert of its t."""
+    pipe = tiny_video(modelscope=modelscope)
+    experts = fill(attach_experts(pipe, 4))
+    x, t, prompts = torch.randn(3, 4, FRAMES, 8, 8), torch.tensor([10, 990, 300]), ["a", "bc", ""]
+    together = experts.predict(x, t, prompts)
+    for k in range(3):
+        alone = experts.predict(x[k : k + 1], t[k : k + 1], prompts[k : k + 1])
+        torch.testing.assert_close(together[k : k + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_checkpointing_gives_equal_gradients():
+    grads, saved = [], []
+    for checkpointing in (False, True):
+        pipe = tiny_video()
+        experts = fill(attach_experts(pipe, 4, generator=torch.Generator().manual_seed(0)))
+        if checkpointing:
+            experts.enable_gradient_checkpointing()
+        x = torch.randn(3, 4, FRAMES, 8, 8, generator=torch.Generator().manual_seed(5))
+        saved.append(0)
+
+        def keep(tensor):
+            saved[-1] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = experts.predict(x, torch.tensor([20, 400, 900]), ["a", "bc", "def"]).square().mean()
+        loss.backward()
+        grads.append([p.grad for p in experts.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-7, rtol=1e-4) for a, b in zip(*grads)) and grads[0][1].abs().sum() > 0
+    assert saved[1] < saved[0] / 2
+    with pytest.raises(ValueError, match="UNet3DConditionModel cannot checkpoint"):
+        attach_experts(tiny_video(modelscope=True), 4).enable_gradient_checkpointing()
+
+
+def test_adapted_layers_of_the_real_model():
+    """k and v of two attentions in each of 16 spatial and 16 temporal transformers and in transformer_in: 132."""
+    pipe = tiny_video()
+    with torch.device("meta"):
+        pipe.unet = UNet3DVideoCrafterConditionModel()
+    experts = attach_experts(pipe, 1, train_text_encoder=False)
+    assert len(experts.layers) == 132
+    assert {name.split(".")[1] for name in experts.layers} == {
+        "transformer_in",
+        "down_blocks",
+        "mid_block",
+        "up_blocks",
+    }
