@@ -134,7 +134,7 @@ class Flow:
         """Floats of [low, high) with the weighting's density there, from uniform u in [0, 1)."""
         before, after = self.share(low), self.share(high)
         t = self.quantile(before + u.double() * (after - before)).float()
-        return t.clamp(low, torch.nextafter(torch.tensor(float(high)), torch.tensor(0.0)).item())
+        return t.clamp(low, high - 1e-3)  # t / T in fp32 is not exact: stay away from the next interval
 
     def diffuse(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x_t and the regression target."""
@@ -143,9 +143,9 @@ class Flow:
 
     def loss_weights(self, t: torch.Tensor) -> torch.Tensor | float:
         """SD3's weights of the two schemes that weight the loss instead of the density, (B,)."""
-        sigma = t.clamp(min=1) / T
-        if self.weighting.scheme == "sigma_sqrt":
-            return sigma**-2
+        sigma = t / T
+        if self.weighting.scheme == "sigma_sqrt":  # infinite at 0: not below the cleanest of the scheduler's 1000
+            return sigma.clamp(min=self.shift / (T - 1 + self.shift)) ** -2
         if self.weighting.scheme == "cosmap":  # SD3, Eq. 21
             return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
         return 1.0
@@ -168,6 +168,7 @@ class Backbone:
     predict: Callable  # (pipe, xt, t, conditions) -> the prediction, of x_t's shape
     t_scale: float = 1.0  # the denoiser's `timestep` times this is t in 0..T
     sampling: Callable = lambda pipe: {}  # (pipe) -> arguments with which pipe(...) samples as it trained
+    video: bool = False  # latents are (B, c, F, h, w)
 
 
 def _joined(positive: torch.Tensor, negative: torch.Tensor | None) -> torch.Tensor:
@@ -217,6 +218,11 @@ def _sd3_encode(pipe, prompts: list[str], **options) -> tuple:
     return pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, **options)
 
 
+def _flux_sampling(pipe) -> dict:
+    """FLUX.1-schnell, which has no guidance embedding, knows 256 tokens instead of 512."""
+    return {} if pipe.transformer.config.guidance_embeds else {"max_sequence_length": 256}
+
+
 def _sd3_predict(pipe, xt: torch.Tensor, t: torch.Tensor, conditions: dict) -> torch.Tensor:
     return pipe.transformer(xt, timestep=t, return_dict=False, **conditions)[0]
 
@@ -235,9 +241,9 @@ def _flux_predict(pipe, xt: torch.Tensor, t: torch.Tensor, conditions: dict) -> 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
-# By the beginning of the pipeline's class name; the longest that fits counts.
+# By the name of the pipeline's class.
 BACKBONES = {
-    "StableDiffusion": Backbone(  # SD1.x and SD2.x; appendix A.1
+    "StableDiffusionPipeline": Backbone(  # SD1.x and SD2.x; appendix A.1
         denoiser="unet",
         text_encoders={"text_encoder": ("q_proj", "v_proj")},
         targets=ATTENTION,
@@ -246,7 +252,7 @@ BACKBONES = {
         conditions=lambda encoded: {"encoder_hidden_states": _joined(*encoded)},
         predict=_sd_predict,
     ),
-    "StableDiffusionXL": Backbone(  # not in the paper: SD1.5's targets, the text encoders frozen
+    "StableDiffusionXLPipeline": Backbone(  # not in the paper: SD1.5's targets, the text encoders frozen
         denoiser="unet",
         text_encoders={},
         targets=ATTENTION,
@@ -258,7 +264,7 @@ BACKBONES = {
         },
         predict=_sdxl_predict,
     ),
-    "TextToVideoSD": Backbone(  # VideoCrafter2 and ModelScope; appendix A.2.2: spatial and temporal attention
+    "TextToVideoSDPipeline": Backbone(  # VideoCrafter2 and ModelScope; appendix A.2.2: spatial and temporal attention
         denoiser="unet",
         text_encoders={"text_encoder": ("out_proj",)},
         targets=("to_k", "to_v"),
@@ -266,8 +272,10 @@ BACKBONES = {
         encode=lambda pipe, prompts: pipe.encode_prompt(prompts, pipe.unet.device, 1, False),
         conditions=lambda encoded: {"encoder_hidden_states": _joined(*encoded)},
         predict=_sd_predict,
+        sampling=lambda pipe: {"num_frames": pipe.unet.config.get("num_frames", 16)},
+        video=True,
     ),
-    "PixArt": Backbone(  # alpha and Sigma; appendix A.1 and A.2
+    "PixArtAlphaPipeline": Backbone(  # alpha and Sigma; appendix A.1 and A.2
         denoiser="transformer",
         text_encoders={"text_encoder": ("q", "v")},
         targets=ATTENTION,
@@ -280,7 +288,7 @@ BACKBONES = {
         # the size that is asked for, and captions as they are
         sampling=lambda pipe: {"use_resolution_binning": False, "clean_caption": False},
     ),
-    "StableDiffusion3": Backbone(  # appendix A.1: the image stream, and both CLIPs; T5 is frozen and may be absent
+    "StableDiffusion3Pipeline": Backbone(  # appendix A.1: image stream and both CLIPs; T5 frozen, may be absent
         denoiser="transformer",
         text_encoders={"text_encoder": CLIP_ATTENTION, "text_encoder_2": CLIP_ATTENTION},
         targets=ATTENTION,
@@ -293,35 +301,57 @@ BACKBONES = {
         predict=_sd3_predict,
         sampling=lambda pipe: {"max_sequence_length": pipe.tokenizer_max_length},
     ),
-    "Flux": Backbone(  # not in the paper: SD3's targets, the text encoders frozen
+    "FluxPipeline": Backbone(  # not in the paper: SD3's targets, the text encoders frozen
         denoiser="transformer",
         text_encoders={},
         targets=ATTENTION,
         process=Flow,
-        encode=lambda pipe, prompts: pipe.encode_prompt(prompts, device=pipe.transformer.device),
+        encode=lambda pipe, prompts: pipe.encode_prompt(
+            prompts, device=pipe.transformer.device, **_flux_sampling(pipe)
+        ),
         conditions=lambda encoded: {"encoder_hidden_states": encoded[0], "pooled_projections": encoded[1]},
         predict=_flux_predict,
+        sampling=_flux_sampling,
         t_scale=T,
     ),
 }
 
 
+BACKBONES["StableDiffusionImg2ImgPipeline"] = BACKBONES["StableDiffusionPipeline"]
+BACKBONES["PixArtSigmaPipeline"] = BACKBONES["PixArtAlphaPipeline"]
+
+
+def _entry(name: str) -> Backbone:
+    if name not in BACKBONES:
+        raise ValueError(f"no backbone entry for {name}; there are {sorted(BACKBONES)} (BACKBONES in backbones.py)")
+    return BACKBONES[name]
+
+
+def entry_of(name: str | os.PathLike, revision: str | None = None) -> Backbone:
+    """The table's entry for a pipeline folder or hub id, without loading it. ValueError for an unknown family."""
+    return _entry(DiffusionPipeline.load_config(name, revision=revision)["_class_name"])
+
+
 def backbone_of(pipe) -> Backbone:
     """The table's entry for a pipeline. ValueError for an unknown family or a pipeline that lacks a component."""
     name = type(pipe).__name__
-    known = max((key for key in BACKBONES if name.startswith(key)), key=len, default=None)
-    if known is None:
-        raise ValueError(f"no backbone entry for {name}; there are {sorted(BACKBONES)} (BACKBONES in backbones.py)")
-    backbone = BACKBONES[known]
+    backbone = _entry(name)
     missing = [c for c in (backbone.denoiser, *backbone.text_encoders) if getattr(pipe, c, None) is None]
     if missing:
         raise ValueError(f"this {name} has no {', '.join(missing)}; load it from a complete pipeline folder")
     return backbone
 
 
+def text_encoders(pipe) -> dict[str, torch.nn.Module]:
+    """All that the pipeline has, with experts or without."""
+    return {name: part for name, part in pipe.components.items() if name.startswith("text_encoder") and part}
+
+
 def native_resolution(pipe) -> int:
-    """Pixels of the pictures that the model was trained on."""
+    """Pixels of the pictures that the model was trained on. ValueError where the model does not say."""
     size = getattr(pipe, "default_sample_size", None) or getattr(pipe, backbone_of(pipe).denoiser).config.sample_size
+    if not isinstance(size, int):
+        raise ValueError(f"this model's sample_size is {size}: give --height and --width")
     return size * pipe.vae_scale_factor
 
 
@@ -336,6 +366,8 @@ def load_pipeline(name: str | os.PathLike, without_t5: bool = False, **options):
     config = DiffusionPipeline.load_config(name, revision=options.get("revision"))
     parts = {key: value for key, value in config.items() if isinstance(value, (list, tuple))}
     t5 = {"text_encoder_3", "tokenizer_3"} & parts.keys()
+    if without_t5 and not t5:
+        raise ValueError(f"--without_t5 is for SD3, {name} is a {config['_class_name']}")
     absent = {key for key, (library, _) in parts.items() if library is None} | (t5 if without_t5 else set())
     if missing := [key for key in parts if Path(name).is_dir() and key not in absent and not Path(name, key).is_dir()]:
         hint = "; add --without_t5 to leave out T5 (text_encoder_3, tokenizer_3)" if t5 & set(missing) else ""

@@ -1,4 +1,4 @@
-"""Pictures with captions for the training scripts: image folders, hub data sets, parquet, web-dataset shards.
+"""Pictures or clips with captions for the training scripts: folders, hub data sets, parquet, web-dataset shards.
 
 All randomness of training is one function of (seed, interval, k), where k = optimiser step * global batch + position
 in it: the order of samples, crop, flip, caption drop, t and both noises come from `rng` of that key and from nothing
@@ -15,14 +15,18 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
+import av
 import torch
 import torchvision.transforms.functional as TF
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, Features, IterableDataset, load_dataset
 from datasets import Image as ImageFeature
+from datasets import Video as VideoFeature
 from datasets.distributed import split_dataset_by_node
+from diffusers.utils import make_image_grid
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import InterpolationMode
@@ -32,6 +36,7 @@ import backbones
 import tsm_lora
 
 METADATA = ("metadata.jsonl", "metadata.csv")
+CLIPS = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif"}
 
 
 def rng(*key) -> torch.Generator:
@@ -44,40 +49,61 @@ def rng(*key) -> torch.Generator:
 # Where pictures come from
 
 
-def load_rows(source: str | os.PathLike, args, streaming: bool = False) -> Dataset | IterableDataset:
-    """Rows with an undecoded image {path, bytes}, a caption and perhaps a reward.
+def media_column(args) -> str:
+    return args.video_column if args.video else args.image_column
 
-    `source` is --dataset_name, a folder of pictures with metadata, of .tar shards or of .parquet files. ValueError for
-    what cannot be trained on: no such folder or column, metadata that cannot be read, a missing picture.
+
+def load_rows(source: str | os.PathLike, args, streaming: bool = False) -> Dataset | IterableDataset:
+    """Rows with an undecoded image or clip {path, bytes}, a caption and perhaps a reward.
+
+    `source` is --dataset_name or a folder: of pictures or clips with metadata, of clips with a table as OpenVid-1M's
+    (a .csv whose --video_column names files), of .tar shards or of .parquet files. ValueError for what cannot be
+    trained on: no such folder or column, metadata that cannot be read, a missing file.
     """
     folder = Path(source)
     if source == args.dataset_name and not folder.exists():
         rows = load_dataset(source, args.dataset_config_name, split="train", streaming=streaming)
     elif not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}; give an image folder with a metadata.jsonl, or --dataset_name")
+        raise ValueError(f"there is no folder {folder}; give a folder with a metadata.jsonl, or --dataset_name")
     elif files := sorted(map(str, folder.glob("*.tar"))):
         rows = load_dataset("webdataset", data_files=files, split="train", streaming=streaming)
     elif files := sorted(map(str, folder.rglob("*.parquet"))):
         rows = load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+    elif args.video and (tables := sorted(p for p in folder.glob("*.csv") if p.name not in METADATA)):
+        rows = load_dataset("csv", data_files=list(map(str, tables)), split="train")
+        if (name := args.video_column) in rows.column_names:
+            check_files(rows[name], folder)
+            features = Features(rows.features | {name: VideoFeature()})
+            rows = rows.map(lambda row: {name: {"path": str(folder / row[name]), "bytes": None}}, features=features)
+        rows = rows.to_iterable_dataset(min(64, len(rows))) if streaming else rows
     else:
-        check_metadata(folder)
+        check_metadata(folder, CLIPS if args.video else None)
         # all files are one split, whatever they are called: "test_01.png" would found another
-        files = {"train": "**"}
-        rows = load_dataset("imagefolder", data_dir=str(folder), data_files=files, split="train", streaming=streaming)
-    columns = [args.image_column, args.caption_column] + ([args.reward_column] if args.reward_column else [])
-    for column in columns:
+        kind, files = "videofolder" if args.video else "imagefolder", {"train": "**"}
+        rows = load_dataset(kind, data_dir=str(folder), data_files=files, split="train", streaming=streaming)
+    wanted = {"video_column" if args.video else "image_column": media_column(args)}
+    wanted |= {"caption_column": args.caption_column}
+    wanted |= {"reward_column": args.reward_column} if args.reward_column else {}
+    for flag, column in wanted.items():
         if column not in rows.column_names:
-            flag = next(k for k in ("image_column", "caption_column", "reward_column") if getattr(args, k) == column)
             raise ValueError(
-                f"--{flag} {column}: {source} has no such column, only {rows.column_names}. In an image folder they "
-                'stand in metadata.jsonl, lines like {"file_name": "0001.png", "text": "a red circle"}'
+                f"--{flag} {column}: {source} has no such column, only {rows.column_names}. In a folder they stand in "
+                'metadata.jsonl, lines like {"file_name": "0001.png", "text": "a red circle"}'
             )
-    columns += [name for name in ("__key__", "__url__") if name in rows.column_names]
-    return rows.select_columns(columns).cast_column(args.image_column, ImageFeature(decode=False))
+    columns = [*wanted.values(), *(name for name in ("__key__", "__url__") if name in rows.column_names)]
+    feature = VideoFeature(decode=False) if args.video else ImageFeature(decode=False)
+    return rows.select_columns(columns).cast_column(media_column(args), feature)
 
 
-def check_metadata(folder: Path) -> None:
-    """ValueError for a metadata line that cannot be read or whose picture is missing, and for a folder without any."""
+def check_files(names: list[str], folder: Path) -> None:
+    """ValueError for a row of a table whose clip is missing."""
+    for number, name in enumerate(names):
+        if not (folder / str(name)).is_file():
+            raise ValueError(f"row {number} of the table in {folder}: there is no clip {folder / str(name)}")
+
+
+def check_metadata(folder: Path, extensions: set[str] | None) -> None:
+    """ValueError for a metadata line that cannot be read or whose file is missing, and for a folder without any."""
     for metadata in (path for name in METADATA for path in folder.rglob(name)):
         with open(metadata, newline="", encoding="utf-8") as file:
             lines = csv.DictReader(file) if metadata.suffix == ".csv" else file
@@ -87,10 +113,10 @@ def check_metadata(folder: Path) -> None:
                 except (ValueError, KeyError, TypeError) as error:
                     raise ValueError(f'{metadata}, line {number}: need {{"file_name": ..., "text": ...}}') from error
                 if not (metadata.parent / name).is_file():
-                    raise ValueError(f"{metadata}, line {number}: there is no picture {metadata.parent / name}")
+                    raise ValueError(f"{metadata}, line {number}: there is no file {metadata.parent / name}")
     Image.init()
-    if not any(path.suffix.lower() in Image.EXTENSION for path in folder.rglob("*")):
-        raise ValueError(f"{folder} holds no picture")
+    if not any(path.suffix.lower() in (extensions or Image.EXTENSION) for path in folder.rglob("*")):
+        raise ValueError(f"{folder} holds no {'clip' if extensions else 'picture'}")
 
 
 def split_rows(args) -> tuple[Dataset | IterableDataset, Dataset, str]:
@@ -123,7 +149,7 @@ def split_rows(args) -> tuple[Dataset | IterableDataset, Dataset, str]:
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Pictures with all that is random about their use. Keys are (index, *name of a generator)."""
+    """Pictures or clips with all that is random about their use. Keys are (index, *name of a generator)."""
 
     def __init__(self, rows, args, latent_shape: tuple[int, ...], augment: bool, cache: "Cache | None" = None):
         self.rows, self.args, self.latent_shape, self.augment = rows, args, latent_shape, augment
@@ -137,7 +163,8 @@ class Pictures(torch.utils.data.Dataset):
         generator = rng(*name)
         u, *rest = torch.rand(5, generator=generator)
         drop, flip, top, left = (value.item() for value in rest)
-        noise, vae_noise = torch.randn(2, *self.latent_shape, generator=generator)  # (c, h, w) each
+        noise, vae_noise = torch.randn(2, *self.latent_shape, generator=generator)  # (c[, F], h, w) each
+        start = torch.rand((), generator=generator).item() if self.args.video and self.augment else 0.5
         flip = self.augment and self.args.random_flip and flip < 0.5
         caption = row[self.args.caption_column]
         if not isinstance(caption, str):
@@ -151,32 +178,47 @@ class Pictures(torch.utils.data.Dataset):
             sample["conditions"] = {name: store[row_number] for name, store in self.cache.conditions.items()}
         if self.cache.moments is not None:
             return sample | {"moments": self.cache.moments[index, int(flip)]}
-        return sample | {"pixels": self.pixels(row, index, flip, top, left)}
+        return sample | {"pixels": self.pixels(row, index, flip, top, left, start)}
 
-    def pixels(self, row: dict, index: int, flip: bool, top: float = 0.5, left: float = 0.5) -> torch.Tensor:
-        """(3, size, size) in [-1, 1]: the shorter side resized, then a crop in the centre or at random."""
-        size, mode = self.args.resolution, InterpolationMode(self.args.image_interpolation_mode)
-        image = TF.resize(open_picture(row[self.args.image_column], name_of(row, index)), size, mode)
-        room_x, room_y = image.width - size, image.height - size
+    def open(self, row: dict, index: int, start: float) -> list[Image.Image]:
+        """The one picture, or the frames of a clip."""
+        cell, name = row[media_column(self.args)], name_of(row, index)
+        return open_clip(cell, name, self.args, start) if self.args.video else [open_picture(cell, name)]
+
+    def pixels(self, row: dict, index: int, flip: bool, top: float = 0.5, left: float = 0.5, start: float = 0.5):
+        """([F,] 3, height, width) in [-1, 1]: resized until it covers the size, then a crop in the centre or at
+        random, the same in all frames."""
+        height, width = size_of(self.args)
+        images = self.open(row, index, start)
+        w, h = images[0].size
+        size = (height, max(width, w * height // h)) if height * w >= width * h else (h * width // w, width)
+        images = [TF.resize(image, size, InterpolationMode(self.args.image_interpolation_mode)) for image in images]
+        room_y, room_x = size[0] - height, size[1] - width
         if self.augment and not self.args.center_crop:
             x, y = int(left * (room_x + 1)), int(top * (room_y + 1))
         else:
             x, y = room_x // 2, room_y // 2
-        image = TF.crop(image, y, x, size, size)
-        return TF.to_tensor(TF.hflip(image) if flip else image) * 2 - 1
+        images = [TF.crop(image, y, x, height, width) for image in images]
+        pixels = torch.stack([TF.to_tensor(TF.hflip(image) if flip else image) for image in images]) * 2 - 1
+        return pixels if self.args.video else pixels[0]
 
     def cacheable_pixels(self, row: dict, index: int, flip: bool) -> torch.Tensor:
-        width, height = open_picture(row[self.args.image_column], name_of(row, index)).size
-        if width != height and not self.args.center_crop:
+        (w, h), (height, width) = self.open(row, index, 0.5)[0].size, size_of(self.args)
+        if w * height != h * width and not self.args.center_crop:
             raise ValueError(
-                f"--cache_latents cannot cache random crops, and {name_of(row, index)} is {width}x{height}: add "
-                "--center_crop or give square pictures"
+                f"--cache_latents cannot cache random crops, and {name_of(row, index)} is {w}x{h}: add --center_crop "
+                "or give pictures of the training size's shape"
             )
         return self.pixels(row, index, flip)
 
 
 def name_of(row: dict, index: int) -> str:
-    return f"record {row['__key__']} of {row['__url__']}" if "__key__" in row else f"picture {index}"
+    return f"record {row['__key__']} of {row['__url__']}" if "__key__" in row else f"item {index}"
+
+
+def size_of(args) -> tuple[int, int]:
+    """Height and width in pixels."""
+    return args.height or args.resolution, args.width or args.resolution
 
 
 def open_picture(cell: dict, name: str) -> Image.Image:
@@ -186,6 +228,61 @@ def open_picture(cell: dict, name: str) -> Image.Image:
         return ImageOps.exif_transpose(Image.open(source)).convert("RGB")
     except (OSError, SyntaxError, UnidentifiedImageError) as error:
         raise ValueError(f"{name} is no picture or is truncated ({error}); replace or remove it") from error
+
+
+def open_clip(cell: dict, name: str, args, start: float) -> list[Image.Image]:
+    """--max_num_frames frames, every --frame_stride-th, or so many that --fps of them pass in a second; `start` in
+    [0, 1] places them within the clip."""
+    name, pictures = cell["path"] or name, []
+    try:
+        with av.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as container:
+            stream = container.streams.video[0]
+            rate = float(stream.average_rate or 0)
+            stride = max(1.0, rate / args.fps) if args.fps else args.frame_stride
+            total = stream.frames or sum(1 for _ in container.decode(stream))
+            needed = int((args.max_num_frames - 1) * stride) + 1
+            if total < needed:
+                raise ValueError(
+                    f"{name} has {total} frames, {needed} are needed for --max_num_frames {args.max_num_frames}: drop "
+                    "the clip, or ask for fewer frames or a smaller stride"
+                )
+            first = min(int(start * (total - needed + 1)), total - needed)
+            wanted = [first + int(k * stride) for k in range(args.max_num_frames)]
+            container.seek(0)
+            for k, frame in enumerate(container.decode(stream)):
+                pictures += [frame.to_image()] * (k in wanted)
+                if k == wanted[-1]:
+                    break
+    except (av.FFmpegError, IndexError, OSError) as error:
+        raise ValueError(f"{name} is no clip or is truncated ({error}); replace or remove it") from error
+    if len(pictures) < args.max_num_frames:
+        raise ValueError(f"{name} says that it has {total} frames, but holds fewer; replace or remove it")
+    return pictures
+
+
+def write_clip(frames: list[Image.Image], path: Path, fps: float) -> None:
+    """An .mp4 of H.264. Small clips are written without loss: half the colour resolution would blur their objects."""
+    small = frames[0].width <= 64
+    with av.open(str(path), "w", format="mp4") as container:
+        options = {"qp": "0"} if small else {"crf": "14"}
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options=options)
+        stream.width, stream.height = frames[0].size
+        stream.pix_fmt = "yuv444p" if small else "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+
+
+def read_clip(path: Path) -> list[Image.Image]:
+    with av.open(str(path)) as container:
+        return [frame.to_image() for frame in container.decode(video=0)]
+
+
+def film_strip(frames: list[Image.Image], count: int = 4) -> Image.Image:
+    """So many frames of a clip, the first and the last among them, side by side."""
+    count = min(count, len(frames))
+    picked = [frames[k * (len(frames) - 1) // max(1, count - 1)] for k in range(count)]
+    return make_image_grid(picked, rows=1, cols=count)
 
 
 def training_keys(n_rows: int, args, interval: int, first_step: int, accelerator) -> Iterator[list]:
@@ -271,20 +368,24 @@ def training_loader(
 # Latents
 
 
-def latent_shape(pipe, resolution: int) -> tuple[int, int, int]:
-    side = resolution // pipe.vae_scale_factor
-    return pipe.vae.config.latent_channels, side, side
+def latent_shape(pipe, args) -> tuple[int, ...]:
+    """(c, h, w), of clips (c, F, h, w)."""
+    frames = (args.max_num_frames,) if args.video else ()
+    return pipe.vae.config.latent_channels, *frames, *(side // pipe.vae_scale_factor for side in size_of(args))
 
 
 @torch.no_grad()
 def encode(vae, pixels: torch.Tensor) -> torch.Tensor:
-    """Mean and standard deviation of the latents of pixels (B, 3, H, W): (B, 2, c, h, w)."""
-    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    return torch.stack([posterior.mean, posterior.std], 1)
+    """Mean and standard deviation of the latents of pixels (B[, F], 3, H, W): (B, 2, c[, F], h, w)."""
+    posterior = vae.encode(pixels.flatten(0, -4).to(vae.device, vae.dtype)).latent_dist
+    moments = torch.stack([posterior.mean, posterior.std], 1)
+    if pixels.ndim == 4:
+        return moments
+    return moments.unflatten(0, pixels.shape[:2]).permute(0, 2, 3, 1, 4, 5)  # (B, 2, c, F, h, w)
 
 
 def latents(vae, batch: dict) -> torch.Tensor:
-    """A sample x0 (B, c, h, w) of the scaled latents of a batch, cached or encoded now."""
+    """A sample x0 (B, c[, F], h, w) of the scaled latents of a batch, cached or encoded now."""
     moments = batch["moments"] if "moments" in batch else encode(vae, batch["pixels"])
     x0 = moments[:, 0] + moments[:, 1] * batch["vae_noise"]
     return (x0 - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
@@ -304,17 +405,16 @@ class Cache:
 
 
 def build_caches(pipe, train: Dataset, validation: Dataset, args, accelerator) -> dict[str, Cache]:
-    """The caches that the flags ask for. Text encoders whose output is cached leave the memory. ValueError where
-    a random crop would need fresh latents."""
+    """The caches that the flags ask for. Text encoders whose output is cached leave the memory. ValueError where a
+    random crop would need fresh latents."""
     out, caches = Path(args.output_dir), {"train": Cache(), "validation": Cache()}
     if args.cache_latents:
         caches["train"].moments = cache_latents(pipe, train, args, accelerator, out / "latents.bin")
     if args.cache_text_embeddings:
         for name, rows in (("train", train), ("validation", validation)):
             caches[name].conditions = cache_conditions(pipe, rows, args, accelerator, out / f"text-{name}")
-        for name, component in pipe.components.items():
-            if name.startswith("text_encoder") and component is not None:
-                component.to("meta")
+        for text_encoder in backbones.text_encoders(pipe).values():
+            text_encoder.to("meta")
     return caches
 
 
@@ -325,7 +425,8 @@ def mapped_file(path: Path, shape: tuple[int, ...], dtype: torch.dtype, accelera
 
 
 def origin(pipe, rows: Dataset, args) -> str:
-    return f"{rows._fingerprint} {tsm_lora.base_name(pipe)} {args.revision} {args.variant}"
+    model = f"{tsm_lora.base_name(pipe)} {args.revision} {args.variant} {args.without_t5} {args.load_in_4bit}"
+    return f"{rows._fingerprint} {model}"
 
 
 def complete(done: Path, state: str, accelerator) -> bool:
@@ -341,10 +442,11 @@ def complete(done: Path, state: str, accelerator) -> bool:
 @torch.no_grad()
 def cache_latents(pipe, rows: Dataset, args, accelerator, path: Path) -> torch.Tensor:
     """Moments of every picture. The processes share the work, and a complete file is used again."""
-    shape = (len(rows), 2 if args.random_flip else 1, 2, *latent_shape(pipe, args.resolution))
+    shape = (len(rows), 2 if args.random_flip else 1, 2, *latent_shape(pipe, args))
     pictures, done = Pictures(rows, args, shape[3:], augment=False), path.with_suffix(".done")
     store = mapped_file(path, shape, torch.float32, accelerator)
     state = f"{shape} {args.center_crop} {args.image_interpolation_mode} {origin(pipe, rows, args)}"
+    state += f" {args.fps} {args.frame_stride}" if args.video else ""
     if complete(done, state, accelerator):
         return store
     mine = list(range(accelerator.process_index, len(rows), accelerator.num_processes))

@@ -121,11 +121,13 @@ def evaluate_loss(args: argparse.Namespace) -> None:
     settings = args.settings
     accelerator = Accelerator(cpu=train_foster.on_cpu(), mixed_precision=settings.mixed_precision)
     pipe = train_foster.load_pipeline(settings, accelerator)
+    train_foster.set_intervals(pipe, settings)
     _, rows, origin = data.split_rows(settings)
 
     def losses(experts, i):
         model = train_foster.Trainee(experts)
-        return train_foster.validation_losses(model, experts, rows, settings, i, accelerator)
+        with accelerator.autocast():
+            return train_foster.validation_losses(model, experts, rows, settings, i, accelerator)
 
     base, table = None, {}
     for folder in args.experts:

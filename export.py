@@ -63,13 +63,16 @@ def to_kohya(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
-def write_peft(tensors: dict[str, torch.Tensor], rank: int, folder: Path, base_model: str) -> None:
+def write_peft(tensors: dict[str, torch.Tensor], facts: dict, folder: Path, base_model: str) -> None:
     """One PEFT folder per component, for `PeftModel.from_pretrained(component, folder / component)`."""
     for component in sorted({key.split(".")[0] for key in tensors}):
         own = {k.removeprefix(component + "."): v for k, v in tensors.items() if k.startswith(component + ".")}
-        own = {k.removeprefix("text_model."): v for k, v in own.items()}  # as transformers 5 names CLIP's modules
+        if facts.get("classes", {}).get(component) != "CLIPTextModelWithProjection":
+            own = {k.removeprefix("text_model."): v for k, v in own.items()}  # as transformers 5 names CLIP's modules
         names = sorted({key.removesuffix(".lora_A.weight") for key in own if key.endswith(".lora_A.weight")})
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, base_model_name_or_path=base_model)
+        config = LoraConfig(
+            r=facts["rank"], lora_alpha=facts["rank"], target_modules=names, base_model_name_or_path=base_model
+        )
         (folder / component).mkdir(parents=True, exist_ok=True)
         config.save_pretrained(folder / component)
         own = {f"base_model.model.{key}": tensor for key, tensor in own.items()}
@@ -104,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
     base_model = args.pretrained_model_name_or_path or files[0][0]["base_model"]
     for facts, path in files:
         if args.format == "peft":
-            write_peft(load_file(path), facts["rank"], partial / path.stem, base_model)
+            write_peft(load_file(path), facts, partial / path.stem, base_model)
         else:
             with safe_open(path, "pt") as file:
                 save_file(to_kohya(load_file(path)), partial / path.name, file.metadata())

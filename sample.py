@@ -16,8 +16,9 @@ In a program of your own, with any scheduler, in any stock pipeline that backbon
     image = pipe("a red circle and a blue square").images[0]
 
 Writes output_dir/samples/<prompt>_<number>.png, the names that T2I-CompBench's tools read (number = prompt index *
-images per prompt + image index), and beside that folder metadata.jsonl, args.json and grid.png. A second start of the
-same command makes only what is missing; several processes share the work.
+images per prompt + image index), for video models samples/<number>.mp4, as EvalCrafter's tools read, and beside that
+folder metadata.jsonl, args.json and grid.png. A second start of the same command makes only what is missing; several
+processes share the work.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 import backbones
+import data
 import tsm_lora
 
 HERE = Path(__file__).resolve().parent
@@ -67,6 +69,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_inference_steps", type=int, default=25)
     add("--guidance_scale", type=float, default=4.0)
     add("--resolution", type=int, help="pixels; the model's native one if not given")
+    add("--height", type=int, help="instead of --resolution, such as VideoCrafter2's 320 by 512")
+    add("--width", type=int)
+    add("--num_frames", type=int, help="of a clip for video models; the model's own or 16 if not given")
+    add("--fps", type=float, help="of clips, which VideoCrafter2 is told; its own or 8 if not given")
     add("--batch_size", type=int, default=16)
 
     add = parser.add_argument_group("output").add_argument
@@ -93,8 +99,11 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def file_name(prompt: str, number: int) -> str:
-    """<prompt>_<six digits>.png; the prompt is cut to what a file system takes, metadata.jsonl has it whole."""
+def file_name(prompt: str, number: int, video: bool) -> str:
+    """<prompt>_<six digits>.png; the prompt is cut to what a file system takes, metadata.jsonl has it whole. Clips are
+    called <four digits>.mp4."""
+    if video:
+        return f"{number:04d}.mp4"
     readable = prompt.replace("/", " ").replace("_", " ").encode()[:200].decode(errors="ignore")
     return f"{readable}_{number:06d}.png"
 
@@ -146,11 +155,13 @@ def load(args: argparse.Namespace, device: torch.device):
 def main(args: argparse.Namespace) -> None:
     state = PartialState(cpu=not torch.cuda.is_available())
     out, prompts, per_prompt = Path(args.output_dir), read_prompts(args), args.num_images_per_prompt
-    rows = []
+    video, rows = backbones.entry_of(args.pretrained_model_name_or_path, args.revision).video, []
+    if not video and (args.num_frames or args.fps):
+        raise ValueError(f"--num_frames and --fps are for video models, {args.pretrained_model_name_or_path} is none")
     for number in range(len(prompts) * per_prompt):
         prompt, image_index = prompts[number // per_prompt], number % per_prompt
         seed = args.seed + (image_index if args.same_seeds else number)
-        rows.append({"file_name": f"samples/{file_name(prompt, number)}", "text": prompt, "seed": seed})
+        rows.append({"file_name": f"samples/{file_name(prompt, number, video)}", "text": prompt, "seed": seed})
 
     pipe = load(args, state.device)
     folded = nullcontext()
@@ -165,7 +176,11 @@ def main(args: argparse.Namespace) -> None:
     state.wait_for_everyone()
     mine = missing[state.process_index :: state.num_processes]
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-    options |= {"height": args.resolution, "width": args.resolution, **backbones.backbone_of(pipe).sampling(pipe)}
+    options |= {"height": args.height or args.resolution, "width": args.width or args.resolution}
+    options |= backbones.backbone_of(pipe).sampling(pipe) | {"output_type": "pil"}
+    if video:
+        options |= {"num_frames": args.num_frames} if args.num_frames else {}
+        args.fps = pipe.unet.fps = args.fps or getattr(pipe.unet, "fps", 8)
     with folded, tqdm(total=len(mine), desc="pictures", disable=not state.is_main_process) as progress:
         for start in range(0, len(mine), args.batch_size):
             batch = mine[start : start + args.batch_size]
@@ -174,19 +189,20 @@ def main(args: argparse.Namespace) -> None:
                 generator=[torch.Generator().manual_seed(row["seed"]) for row in batch],
                 **options,
                 **({"negative_prompt": [args.negative_prompt] * len(batch)} if args.negative_prompt else {}),
-            ).images
+            )[0]
             for row, image in zip(batch, images):
                 partial = out / f"{Path(row['file_name']).name[-10:]}.partial"  # samples/ holds finished pictures only
-                image.save(partial, "png")
+                data.write_clip(image, partial, args.fps) if video else image.save(partial, "png")
                 os.replace(partial, out / row["file_name"])
             progress.update(len(batch))
     state.wait_for_everyone()
     if state.is_main_process:
-        shown = [Image.open(out / row["file_name"]) for row in rows[: args.num_grid_images]]
-        side = max(128, shown[0].width)
-        shown = [image.resize((side, side), Image.Resampling.NEAREST) for image in shown]
-        columns = min(8, len(shown))
-        shown += [Image.new("RGB", (side, side))] * (-len(shown) % columns)
+        paths = [out / row["file_name"] for row in rows[: args.num_grid_images]]
+        shown = [data.film_strip(data.read_clip(path)) if video else Image.open(path) for path in paths]
+        width, height = (side * max(1, 128 // shown[0].height) for side in shown[0].size)
+        shown = [image.resize((width, height), Image.Resampling.NEAREST) for image in shown]
+        columns = min(2 if video else 8, len(shown))
+        shown += [Image.new("RGB", (width, height))] * (-len(shown) % columns)
         make_image_grid(shown, rows=len(shown) // columns, cols=columns).save(out / "grid.png")
         print(f"{len(rows)} pictures in {out / 'samples'} ({len(rows) - len(missing)} were there), {out / 'grid.png'}")
 

@@ -1,6 +1,6 @@
 """Foster timestep LoRA experts: stage 1 of TimeStep Master (arXiv:2503.07416, Sec. 3.1, Eq. 3-4).
 
-One LoRA per timestep interval, each trained as if it were alone, on t drawn uniformly from its interval only.
+One LoRA per timestep interval, each trained as if it were alone, on t drawn from its interval only.
 
     # the bundled mini model and world, about three minutes on two CPU cores
     accelerate launch train_foster.py --num_intervals 8
@@ -107,11 +107,17 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--streaming", action="store_true", help="read shards in turn, for data that fits neither memory nor disk")
     add("--corrupt_records", default="stop", choices=["stop", "skip"], help="of streamed data")
     add("--image_column", default="image")
+    add("--video_column", default="video", help="of clips; the names of files in a table such as OpenVid-1M's")
     add("--caption_column", default="text")
     add("--reward_column", help="weight of each sample's loss, as in GORS")
     add("--max_train_samples", type=int, help="use the first so many pictures")
     add("--max_validation_samples", type=int, default=256)
     add("--resolution", type=int, help="pixels; the model's native one if not given")
+    add("--height", type=int, help="instead of --resolution, such as VideoCrafter2's 320 by 512")
+    add("--width", type=int)
+    add("--max_num_frames", type=int, help="of a clip for video models; the model's own or 16 if not given")
+    add("--frame_stride", type=int, default=1, help="take every so many frames of a clip")
+    add("--fps", type=float, help="instead: take so many frames per second; VideoCrafter2 is told")
     add("--center_crop", action="store_true", help="else a random crop")
     add("--random_flip", action="store_true", help="spoils captions that say left or right")
     add("--image_interpolation_mode", default="lanczos", choices=[m.value for m in InterpolationMode])
@@ -172,6 +178,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Resolve the defaults that depend on others; ValueError for flags that cannot work."""
     counts = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps")
     counts += ("max_train_samples", "checkpoints_total_limit", "validation_steps", "max_grad_norm")
+    counts += ("max_num_frames", "frame_stride", "height", "width")
     for flag in (*counts, "max_validation_samples"):
         least = {"max_validation_samples": 2, "max_grad_norm": 1e-12}.get(flag, 1)
         if getattr(args, flag) is not None and getattr(args, flag) < least:
@@ -184,6 +191,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--cache_text_embeddings needs all captions at hand, which --streaming never has: drop one")
     if args.dataset_name and args.train_data_dir:
         raise ValueError("--dataset_name and --train_data_dir name two data sets: give one")
+    args.video = False  # until the model is known
     if args.report_to is None:
         args.report_to = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
 
@@ -233,7 +241,7 @@ def validation_losses(
     starts = range(0, len(mine), VALIDATION_BATCH)
     keys = [[(k, "validation", interval, k) for k in mine[start : start + VALIDATION_BATCH]] for start in starts]
     losses = torch.zeros(len(rows), device=accelerator.device)
-    dataset = data.Pictures(rows, args, data.latent_shape(experts.pipe, args.resolution), augment=False, cache=cache)
+    dataset = data.Pictures(rows, args, data.latent_shape(experts.pipe, args), augment=False, cache=cache)
     for chunk, batch in zip(keys, data.loader(dataset, keys, args)):
         losses[[k for k, *_ in chunk]] = sample_losses(model, experts, process, batch, low, high)
     return accelerator.reduce(losses, "sum").cpu()
@@ -245,10 +253,12 @@ def on_cpu() -> bool:
 
 
 def quantize(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Replace every Linear by one with nf4 weights that computes in `dtype`."""
+    """Replace every Linear by one with nf4 weights that computes in `dtype`; but for T5's `wo`, to whose type T5 casts
+    its hidden states."""
     import bitsandbytes  # slow to import
 
-    for name, linear in [(n, m) for n, m in model.named_modules() if type(m) is torch.nn.Linear]:
+    linears = [(n, m) for n, m in model.named_modules() if type(m) is torch.nn.Linear and not n.endswith(".wo")]
+    for name, linear in linears:
         shape = linear.in_features, linear.out_features, linear.bias is not None
         quantized = bitsandbytes.nn.Linear4bit(*shape, compute_dtype=dtype, quant_type="nf4")
         quantized.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
@@ -256,13 +266,23 @@ def quantize(model: torch.nn.Module, dtype: torch.dtype) -> None:
         model.set_submodule(name, quantized.to(linear.weight.device))
 
 
-def load_pipeline(args: argparse.Namespace, accelerator: Accelerator):
-    """The base model, frozen, in the training precision (the VAE in fp32), and the resolution it works at."""
+def is_video(args: argparse.Namespace) -> bool:
+    """Whether the model makes clips; ValueError for a name that cannot be one, and for clips' flags of another."""
     name = args.pretrained_model_name_or_path
     if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
         raise ValueError(
             f"--pretrained_model_name_or_path {name}: neither a folder nor a hub id of the form owner/name"
         )
+    video = backbones.entry_of(name, args.revision).video
+    if not video and (args.max_num_frames or args.fps or args.frame_stride != 1):
+        raise ValueError(f"--max_num_frames, --frame_stride and --fps are for video models, {name} makes pictures")
+    return video
+
+
+def load_pipeline(args: argparse.Namespace, accelerator: Accelerator):
+    """The base model, frozen, in the training precision (the VAE in fp32), and the resolution it works at."""
+    name = args.pretrained_model_name_or_path
+    args.video = is_video(args)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
@@ -275,17 +295,28 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator):
     ).to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     backbone = backbones.backbone_of(pipe)
+    denoiser = getattr(pipe, backbone.denoiser)
     backbone.process(pipe, weighting(args))  # raises where the flags are for another kind of model
-    args.resolution = args.resolution or backbones.native_resolution(pipe)
-    if args.resolution % (multiple := backbones.resolution_multiple(pipe)):
-        raise ValueError(f"--resolution {args.resolution} is no multiple of this model's {multiple} pixels")
+    if not (args.height and args.width):
+        args.resolution = args.resolution or backbones.native_resolution(pipe)
+    if any(side % (multiple := backbones.resolution_multiple(pipe)) for side in data.size_of(args)):
+        raise ValueError(f"{data.size_of(args)} pixels: height and width must be multiples of this model's {multiple}")
+    if args.train_text_encoder and not backbone.text_encoders:
+        raise ValueError(
+            f"--train_text_encoder: there are no experts for the text encoders of a {type(pipe).__name__}"
+        )
+    if args.video:
+        args.max_num_frames = args.max_num_frames or denoiser.config.get("num_frames", 16)
+        denoiser.fps = args.fps or getattr(denoiser, "fps", None)
     if args.load_in_4bit:
-        for component in (backbone.denoiser, *backbone.text_encoders):
-            quantize(getattr(pipe, component), dtype)
+        for model in (denoiser, *backbones.text_encoders(pipe).values()):
+            quantize(model, dtype)
     if args.channels_last:
-        getattr(pipe, backbone.denoiser).to(memory_format=torch.channels_last)
+        denoiser.to(memory_format=torch.channels_last)
     if args.compile:
-        getattr(pipe, backbone.denoiser).compile_repeated_blocks()
+        blocks = denoiser._repeated_blocks or [type(denoiser.transformer_blocks[0]).__name__]
+        denoiser._repeated_blocks = blocks  # diffusers 0.42 does not name those of PixArt and SD3
+        denoiser.compile_repeated_blocks()
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None  # it blackens pictures of validation
     return pipe
@@ -446,6 +477,11 @@ def load_training_state(state: dict, experts, optimizer, lr_scheduler, scaler) -
 # <<<
 
 
+def set_intervals(pipe, args: argparse.Namespace) -> None:
+    if args.interval_boundaries == "equal_probability":
+        args.interval_bounds = backbones.backbone_of(pipe).process(pipe, weighting(args)).bounds(args.num_intervals)
+
+
 def foster(pipe, train, validation, caches, args: argparse.Namespace, interval: int, accelerator) -> None:
     """Train the expert of one interval from scratch (or from its last checkpoint) and write its file."""
     experts = tsm_lora.attach_experts(
@@ -478,7 +514,7 @@ def foster(pipe, train, validation, caches, args: argparse.Namespace, interval: 
 
     low, high = args.interval_bounds[interval : interval + 2]
     process = experts.backbone.process(pipe, weighting(args))
-    dataset = data.Pictures(train, args, data.latent_shape(pipe, args.resolution), augment=True, cache=caches["train"])
+    dataset = data.Pictures(train, args, data.latent_shape(pipe, args), augment=True, cache=caches["train"])
     batches = data.training_loader(dataset, args, interval, step, accelerator, position)
     progress = tqdm(
         initial=step,
@@ -618,21 +654,25 @@ Validation loss on {origin}:
 
 # >>> the same lines in train_foster.py and train_assemble.py
 def draw(pipe, prompts: list[str], args: argparse.Namespace) -> list[Image.Image]:
-    """A picture per prompt, each from its own noise, at least 128 pixels wide."""
+    """A picture (or film strip) per prompt, each from its own noise, at least 128 pixels wide."""
     # the stock pipelines decode in the denoiser's precision
     backbone = backbones.backbone_of(pipe)
     pipe.vae.to(getattr(pipe, backbone.denoiser).dtype)
+    options = backbone.sampling(pipe) | ({"num_frames": args.max_num_frames} if args.video else {})
+    height, width = data.size_of(args)
     images = pipe(
         prompts,
         generator=[torch.Generator().manual_seed(k) for k in range(len(prompts))],
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
-        height=args.resolution,
-        width=args.resolution,
-        **backbone.sampling(pipe),
-    ).images
-    side = max(128, args.resolution)
-    return [image.resize((side, side), Image.Resampling.NEAREST) for image in images]
+        height=height,
+        width=width,
+        output_type="pil",
+        **options,
+    )[0]
+    larger = max(1, 128 // width)
+    images = [data.film_strip(clip) for clip in images] if args.video else images
+    return [image.resize((image.width * larger, image.height * larger), Image.Resampling.NEAREST) for image in images]
 
 
 def push_to_hub(folder: Path, args: argparse.Namespace) -> None:
@@ -666,11 +706,11 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
 
 def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args)
+    args.video = is_video(args)
     with accelerator.main_process_first():
         train, validation, origin = data.split_rows(args)
     pipe = load_pipeline(args, accelerator)
-    if args.interval_boundaries == "equal_probability":
-        args.interval_bounds = backbones.backbone_of(pipe).process(pipe, weighting(args)).bounds(args.num_intervals)
+    set_intervals(pipe, args)
     if accelerator.is_main_process:
         claim_output_dir(args)
     accelerator.wait_for_everyone()
@@ -686,7 +726,9 @@ def main(args: argparse.Namespace) -> None:
             continue
         foster(pipe, train, validation, caches, args, interval, accelerator)
     if accelerator.is_main_process:
-        pipe = load_pipeline(args, accelerator) if args.cache_text_embeddings else pipe
+        if args.cache_text_embeddings:
+            del pipe  # the memory of one model at a time
+            pipe = load_pipeline(args, accelerator)
         report(pipe, validation, origin, args)
         if args.push_to_hub:
             push_to_hub(expert_path(args, 0).parent, args)

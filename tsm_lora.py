@@ -869,6 +869,7 @@ class Experts:
             "base_model": base_name(self.pipe),
             "base_fingerprint": self.fingerprint(),
             "backbone": type(self.components[self.backbone.denoiser]).__name__,
+            "classes": {name: type(component).__name__ for name, component in self.components.items()},
             "T": T,
             "targets": self.targets,
             "prediction_type": self.pipe.scheduler.config.get("prediction_type"),

@@ -119,7 +119,7 @@ def fine_tune(pipe, train, settings, accelerator):
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.adam_weight_decay)
     process, model = experts.backbone.process(pipe), train_foster.Trainee(experts)
-    pictures = data.Pictures(train, settings, data.latent_shape(pipe, settings.resolution), augment=True)
+    pictures = data.Pictures(train, settings, data.latent_shape(pipe, settings), augment=True)
     batches = data.training_loader(pictures, settings, 0, 0, accelerator, None)
     for step, batch in enumerate(tqdm(batches, desc="full fine-tuning"), 1):
         loss = train_foster.sample_losses(model, experts, process, batch, 0, tsm_lora.T).mean()

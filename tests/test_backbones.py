@@ -9,17 +9,21 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import delta, tiny_flux, tiny_pixart, tiny_sd, tiny_sd3, tiny_sdxl
 from diffusers import SD3Transformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling
+from peft import PeftModel
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_tsm_lora import PROMPTS, fill, relative
 
 import backbones
+import evaluate
+import export
 import sample
 import train_assemble
 import train_foster
@@ -285,7 +289,7 @@ def test_trainable_parameters_of_pixart_and_sd3():
 
 
 def sd3_encoders():
-    return backbones.BACKBONES["StableDiffusion3"].text_encoders
+    return backbones.BACKBONES["StableDiffusion3Pipeline"].text_encoders
 
 
 # -- the noise of flow models
@@ -331,6 +335,17 @@ def test_flow_draws_follow_the_density_cut_to_the_interval(weighting, low, high)
     assert critical < 0.05  # another density would be further away: so is the uniform one
     uniform = torch.searchsorted(ours, torch.linspace(low, high, 1001), right=True) / len(ours)
     assert (uniform - torch.linspace(0, 1, 1001)).abs().max() > critical or (low, high) == (250, 375)
+
+
+def test_flux_expert_is_never_asked_for_the_next_interval():
+    """The largest u: t / T in fp32, times T and rounded, stays within."""
+    experts = fill(attach_experts(tiny_flux(), N, [2], rank=1, lora_layers=["to_q"]))
+    process = experts.backbone.process(experts.pipe)
+    t = process.draw_t(torch.tensor([1 - 2**-24, 0.0]), 250, 375)
+    assert t[0] > 374.99 and t[1] == 250
+    conditions = experts.backbone.conditions(experts.backbone.encode(experts.pipe, ["a", "b"]))
+    with torch.no_grad():
+        experts.predict(torch.zeros(2, 4, 8, 8), t, [], conditions)
 
 
 def test_flow_draws_hit_every_t():
@@ -423,6 +438,13 @@ def test_every_script_takes_every_family(world, tmp_path, family):
         run(sample, "--prompt", "a", "--output_dir", tmp_path / name, *more, data_flags=[])
         pictures[name] = np.asarray(Image.open(tmp_path / name / "samples" / "a_000000.png"))
     assert all((pictures[a] != pictures[b]).any() for a, b in combinations(pictures, 2))
+    AcceleratorState._reset_state(True)
+    loss = ["loss", "--experts", folders[2], "--mixed_precision", "bf16", "--output_file", tmp_path / "loss.json"]
+    loss += ["--num_intervals", 2, "--train_data_dir", world / "images", "--max_validation_samples", 2]
+    evaluate.evaluate_loss(evaluate.parse_args([str(flag) for flag in (*loss, *flags)]))
+    records = json.loads((tmp_path / "loss.json").read_text())["intervals"]
+    for record, trained in zip(records, table):
+        assert record["base"] == pytest.approx(trained["base"], rel=0.05)
 
 
 def test_intervals_of_equal_probability_through_the_scripts(world, tmp_path):
@@ -451,6 +473,58 @@ def test_intervals_of_equal_probability_through_the_scripts(world, tmp_path):
     save_file(tensors, path, metadata | {"tsm": json.dumps(facts)})
     with pytest.raises(ValueError, match="interval-002.safetensors begins at t = .*but the interval before it ends"):
         load_experts(pipe, path.parent)
+
+
+def test_peft_export_of_sd3(world, tmp_path):
+    """Both CLIPs' adapters arrive in PEFT, whose names they must match."""
+    experts = save_experts(tiny_sd3(), tmp_path / "experts-n1", 1)
+    export.main(export.parse_args([str(experts), "--format", "peft"]))
+    folder = tmp_path / "experts-n1-peft" / "interval-000"
+    for component in ("transformer", "text_encoder", "text_encoder_2"):
+        adapted = PeftModel.from_pretrained(getattr(tiny_sd3(), component), folder / component)
+        loaded = [p.abs().max() for name, p in adapted.named_parameters() if "lora_B" in name]
+        assert len(loaded) >= 8 and min(loaded) > 0
+
+
+def test_4bit_leaves_t5_whole():
+    """T5 casts its hidden states to the type of `wo`: quantised, they would be bytes."""
+    pipe, quantized = tiny_pixart(), tiny_pixart()
+    train_foster.quantize(quantized.text_encoder, torch.float32)
+    kinds = {type(m).__name__ for n, m in quantized.text_encoder.named_modules() if n.endswith((".wi_0", ".wo"))}
+    assert kinds == {"Linear4bit", "Linear"}
+    with torch.no_grad():
+        exact, near = (p.encode_prompt("a red circle", False)[0] for p in (pipe, quantized))
+    assert (near - exact).norm() < 0.5 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    "family, flags, message",
+    [
+        ("sdxl", ["--train_text_encoder"], "no experts for the text encoders"),
+        ("sd2", ["--without_t5"], "--without_t5 is for SD3"),
+        ("sd2", ["--max_num_frames", "8"], "for video models"),
+        ("sd2", ["--weighting_scheme", "mode"], "is for flow models"),
+        ("flux", ["--snr_gamma", "5"], "is for diffusion models"),
+        ("sd3", ["--resolution", "18"], "multiples of this model's 4"),
+    ],
+)
+def test_flags_for_another_family(world, tmp_path, family, flags, message):
+    FAMILIES[family][0]().save_pretrained(tmp_path / "model")
+    AcceleratorState._reset_state(True)
+    model = ["--pretrained_model_name_or_path", tmp_path / "model", "--train_data_dir", world / "images"]
+    args = train_foster.parse_args([*map(str, model), *flags, "--output_dir", str(tmp_path / "run")])
+    with pytest.raises(ValueError, match=message):
+        train_foster.main(args)
+    assert not (tmp_path / "run" / "args.json").exists()
+
+
+def test_blocks_of_every_transformer_compile(tmp_path):
+    """diffusers names the repeated blocks of some models only."""
+    tiny_sd3(with_t5=False).save_pretrained(tmp_path)
+    args = train_foster.parse_args(["--pretrained_model_name_or_path", str(tmp_path), "--compile"])
+    AcceleratorState._reset_state(True)
+    pipe = train_foster.load_pipeline(args, Accelerator(cpu=True))
+    assert all(block._compiled_call_impl is not None for block in pipe.transformer.transformer_blocks)
 
 
 def test_sd3_without_t5(tmp_path):

@@ -266,7 +266,7 @@ def test_another_run_in_the_output_folder(world, full_run):
         (["--max_validation_samples", "1"], "must be at least 2"),
         (["--max_grad_norm", "0"], "must be at least"),
         (["--proportion_empty_prompts", "2"], "0..1"),
-        (["--resolution", "15"], "no multiple"),
+        (["--resolution", "15"], "must be multiples of this model.s 2"),
         (["--mixed_precision", "fp16"], "fp16 needs a GPU"),
     ],
 )
@@ -278,7 +278,7 @@ def test_wrong_flags(world, tmp_path, flags, message):
 
 def no_picture(folder):
     (folder / "03.png").unlink()
-    return r"line 4: there is no picture .*03\.png"
+    return r"line 4: there is no file .*03\.png"
 
 
 def bad_line(folder):

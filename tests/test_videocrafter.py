@@ -1,15 +1,25 @@
-"""VideoCrafter2's classes, and timestep experts in video UNets."""
+"""VideoCrafter2's classes, timestep experts in video UNets, and clips in the scripts."""
 
+import json
 import math
+import shutil
+from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
-from conftest import delta, tiny_video
+from accelerate.state import AcceleratorState
+from conftest import assert_identical, delta, tiny_video
 from diffusers import DiffusionPipeline, UNet3DConditionModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_tsm_lora import fill, relative
 
 import backbones
+import data
+import sample
+import train_assemble
+import train_foster
 from backbones import T, Weighting
 from tsm_lora import attach_experts, load_experts
 from videocrafter import UNet3DVideoCrafterConditionModel, VideoCrafterDDIMScheduler
@@ -188,3 +198,153 @@ def test_adapted_layers_of_the_real_model():
         "mid_block",
         "up_blocks",
     }
+
+
+# -- clips in the scripts
+
+
+def write_clips(folder, sizes=((24, 20), (16, 16), (30, 18), (20, 20), (16, 16), (18, 18)), frames=9):
+    """Clips whose frame k has the grey level 20 k, and their metadata."""
+    folder.mkdir(parents=True)
+    lines = []
+    for k, size in enumerate(sizes):
+        images = [Image.new("RGB", size, (20 * f, 20 * f, 20 * f)) for f in range(frames)]
+        data.write_clip(images, folder / f"{k}.mp4", 8)
+        lines.append(json.dumps({"file_name": f"{k}.mp4", "text": f"clip {k}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    root = tmp_path_factory.mktemp("clips")
+    tiny_video().save_pretrained(root / "model")
+    write_clips(root / "clips")
+    return root
+
+
+def settings(folder, *flags):
+    args = train_foster.parse_args(["--train_data_dir", str(folder), "--resolution", "16", *map(str, flags)])
+    args.video = True
+    return args
+
+
+def test_a_written_clip_reads_back(tmp_path):
+    frames = [Image.effect_noise((32, 32), 60).convert("RGB") for _ in range(3)]
+    data.write_clip(frames, tmp_path / "a.mp4", 7.5)
+    for ours, frame in zip(data.read_clip(tmp_path / "a.mp4"), frames, strict=True):
+        assert np.abs(np.asarray(ours, int) - np.asarray(frame, int)).max() <= 2
+
+
+@pytest.mark.parametrize("flags, expected", [((), [0, 1, 2, 3]), (("--frame_stride", 2), [0, 2, 4, 6])])
+def test_frames_of_a_clip(clips, flags, expected):
+    args = settings(clips / "clips", "--max_num_frames", 4, *flags)
+    rows = data.load_rows(clips / "clips", args)
+    for start, first in ((0.0, 0), (0.9999, 9 - 1 - expected[-1])):
+        levels = [image.getpixel((3, 3))[0] / 20 for image in data.open_clip(rows[0]["video"], "x", args, start)]
+        assert levels == pytest.approx([first + k for k in expected], abs=0.1)
+    args.fps = 4  # of 8: every second frame
+    levels = [image.getpixel((3, 3))[0] / 20 for image in data.open_clip(rows[0]["video"], "x", args, 0.0)]
+    assert levels == pytest.approx([0, 2, 4, 6], abs=0.1)
+
+
+def test_clips_become_latents(clips):
+    """One crop for all frames, frames in their order, and cached moments equal to fresh ones."""
+    pipe, args = tiny_video(), settings(clips / "clips", "--max_num_frames", 4, "--center_crop", "--random_flip")
+    rows = data.load_rows(clips / "clips", args)
+    assert data.latent_shape(pipe, args) == (4, 4, 8, 8)
+    pixels = data.Pictures(rows, args, (4, 4, 8, 8), augment=True)[(0, 0, "key")]["pixels"]
+    assert pixels.shape == (4, 3, 16, 16)
+    levels = (pixels.mean((1, 2, 3)) + 1) * 127.5 / 20
+    assert levels.diff().tolist() == pytest.approx([1, 1, 1], abs=0.1)
+    moments = data.encode(pipe.vae, torch.stack([pixels, pixels.flip(0)]))
+    assert moments.shape == (2, 2, 4, 4, 8, 8)
+    for f in range(4):
+        alone = data.encode(pipe.vae, pixels[f : f + 1])[0]  # (2, c, h, w)
+        torch.testing.assert_close(moments[0, :, :, f], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(moments[1, :, :, 3 - f], alone, atol=1e-5, rtol=1e-5)
+    args.height, args.width = 8, 16
+    assert data.Pictures(rows, args, (4, 4, 4, 8), augment=True)[(0, 0, "key")]["pixels"].shape == (4, 3, 8, 16)
+
+
+def test_table_of_clips_as_openvid(clips, tmp_path):
+    write_clips(tmp_path / "clips")
+    (tmp_path / "clips" / "metadata.jsonl").unlink()
+    table = 'video,caption,aesthetic score,fps\n0.mp4,a thing,5.1,8\n3.mp4,"b, with a comma",4.9,8\n'
+    (tmp_path / "clips" / "OpenVid.csv").write_text(table)
+    args = settings(tmp_path / "clips", "--max_num_frames", 4, "--caption_column", "caption")
+    rows = data.load_rows(tmp_path / "clips", args)
+    assert rows["caption"] == ["a thing", "b, with a comma"]
+    assert data.Pictures(rows, args, (4, 4, 8, 8), augment=False)[(1, "key")]["pixels"].shape == (4, 3, 16, 16)
+    stream = data.load_rows(tmp_path / "clips", args, streaming=True)
+    assert [row["caption"] for row in stream] == rows["caption"]
+    (tmp_path / "clips" / "3.mp4").unlink()
+    with pytest.raises(ValueError, match="row 1 of the table .* there is no clip .*3.mp4"):
+        data.load_rows(tmp_path / "clips", args)
+
+
+def test_wrong_clips(clips, tmp_path):
+    args = settings(clips / "clips", "--max_num_frames", 12)
+    rows = data.load_rows(clips / "clips", args)
+    with pytest.raises(ValueError, match="0.mp4 has 9 frames, 12 are needed"):
+        data.Pictures(rows, args, (4, 12, 8, 8), augment=True)[(0, "key")]
+    folder = write_clips(tmp_path / "broken")
+    (folder / "2.mp4").write_bytes((folder / "2.mp4").read_bytes()[:300])
+    args = settings(folder, "--max_num_frames", 4)
+    rows = data.load_rows(folder, args)
+    with pytest.raises(ValueError, match="2.mp4 is no clip or is truncated"):
+        data.Pictures(rows, args, (4, 4, 8, 8), augment=True)[(2, "key")]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "metadata.jsonl").write_text("")
+    with pytest.raises(ValueError, match="holds no clip"):
+        data.load_rows(tmp_path / "empty", args)
+    args.caption_column = "prompt"
+    with pytest.raises(ValueError, match="--caption_column prompt"):
+        data.load_rows(folder, args)
+
+
+def test_scripts_take_video(clips, tmp_path):
+    """Foster with experts on the text encoder, a resumed expert, assemble, sample clips by experts of either kind."""
+    model = ["--pretrained_model_name_or_path", clips / "model", "--resolution", 16, "--num_inference_steps", 2]
+    train = [
+        "--train_data_dir",
+        clips / "clips",
+        "--max_num_frames",
+        4,
+        "--report_to",
+        "none",
+        "--train_batch_size",
+        2,
+    ]
+    train += ["--max_validation_samples", 2, "--learning_rate", 0.05, "--gradient_checkpointing", "--fps", 8]
+
+    def run(script, *flags):
+        AcceleratorState._reset_state(True)
+        script.main(script.parse_args([str(flag) for flag in (*model, *flags)]))
+
+    folders = {n: tmp_path / f"n{n}" / f"experts-n{n}" for n in (1, 2)}
+    for n, folder in folders.items():
+        steps = ["--num_intervals", n, "--train_text_encoder", "--max_train_steps", 4, "--checkpointing_steps", 2]
+        run(train_foster, *train, *steps, "--output_dir", folder.parent)
+    table = json.loads((tmp_path / "n2" / "validation.json").read_text())["intervals"]
+    assert len(table) == 2 and all(record["gain"] != 0 for record in table)
+    whole = load_file(folders[2] / "interval-001.safetensors")
+    assert {key.split(".")[0] for key in whole} == {"unet", "text_encoder"}
+    (folders[2] / "interval-001.safetensors").unlink()
+    shutil.rmtree(tmp_path / "n2" / "checkpoints" / "interval-001" / "checkpoint-4")
+    resume = ["--resume_from_checkpoint", "latest", "--num_intervals", 2, "--train_text_encoder"]
+    resume += ["--max_train_steps", 4, "--checkpointing_steps", 2, "--output_dir", tmp_path / "n2"]
+    run(train_foster, *train, *resume)
+    assert_identical(load_file(folders[2] / "interval-001.safetensors"), whole)
+    scales = ["--core_experts", folders[2], "--context_experts", folders[1], "--max_train_steps", 2]
+    run(train_assemble, *train, *scales, "--output_dir", tmp_path / "both")
+    strip = Image.open(tmp_path / "both" / "samples.png")
+    assert strip.width % 4 == 0 and strip.height == 3 * 128
+    seen = {}
+    for name, experts in (("base", None), ("stage 1", folders[2]), ("stage 2", tmp_path / "both" / "assembled")):
+        flags = ["--experts", experts] if experts else []
+        run(sample, *flags, "--prompt", "a", "b", "--num_frames", 4, "--output_dir", tmp_path / name)
+        assert sorted(p.name for p in (tmp_path / name / "samples").iterdir()) == ["0000.mp4", "0001.mp4"]
+        seen[name] = np.stack([np.asarray(f) for f in data.read_clip(tmp_path / name / "samples" / "0000.mp4")])
+        assert seen[name].shape == (4, 16, 16, 3) and (tmp_path / name / "grid.png").exists()
+    assert all((seen[a] != seen[b]).any() for a, b in combinations(seen, 2))
