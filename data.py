@@ -123,10 +123,11 @@ def split_rows(args) -> tuple[Dataset | IterableDataset, Dataset, str]:
     """Training rows, validation rows, and where the latter come from."""
     source, validation_dir = args.dataset_name or args.train_data_dir, args.validation_data_dir
     if source is None:
-        from mini import world
+        from mini import clips, world
 
-        source = args.train_data_dir = os.path.relpath(world.image_folder("target", "train"))
-        validation_dir = validation_dir or os.path.relpath(world.image_folder("target", "validation"))
+        folder = clips.clip_folder if args.video else world.image_folder
+        source = args.train_data_dir = os.path.relpath(folder("target", "train"))
+        validation_dir = validation_dir or os.path.relpath(folder("target", "validation"))
     if args.streaming and validation_dir is None:
         raise ValueError("--streaming has no held-out part: give --validation_data_dir, an image folder")
     train = load_rows(source, args, args.streaming)

@@ -1,12 +1,14 @@
 """Score what was trained.
 
     python evaluate.py mini output/base output/tsm               # pictures of sample.py, by the mini world's detectors
+    python evaluate.py clips output/video-tsm                    # clips of sample.py, by the mini world's detectors
     python evaluate.py digits output/digits-tsm                  # by a classifier of handwritten digits
     python evaluate.py loss --experts output/foster-n8/experts-n8        # validation loss per timestep interval
 
 `mini` reads the folders that sample.py wrote, each with samples/ and metadata.jsonl, and gives the share of pictures
 with the demanded colour, shape and texture present, the relation right (spatial), all named attributes on one and the
 same object (binding), and everything right (complex); mini/world.py has the exact definitions and no learned weights.
+`clips` gives the share of clips whose action, speed, colour and number of objects are as demanded (mini/clips.py).
 `loss` gives the diffusion loss on a validation folder at fixed t and noise, base beside experts, on intervals of equal
 width (t grows with noise), with the standard error of the paired difference. Both print a table and write JSON.
 """
@@ -24,14 +26,19 @@ import data
 import train_foster
 import tsm_lora
 
-SCORES = {"mini": ("colour", "shape", "texture", "spatial", "binding", "complex"), "digits": ("digit",)}
+SCORES = {
+    "mini": ("colour", "shape", "texture", "spatial", "binding", "complex"),
+    "clips": ("action", "speed", "colour", "count"),
+    "digits": ("digit",),
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, what in (("mini", "by the mini world's detectors"), ("digits", "by a classifier of digits")):
-        scores = commands.add_parser(command, help=f"scores of sampled pictures {what}")
+    by = {"mini": "pictures by the mini world's detectors", "clips": "clips by the mini world's detectors"}
+    for command, what in (by | {"digits": "pictures by a classifier of digits"}).items():
+        scores = commands.add_parser(command, help=f"scores of sampled {what}")
         scores.add_argument("image_dirs", nargs="+", help="folders that sample.py wrote")
         scores.add_argument("--output_file", default="output/scores.json")
     loss = commands.add_parser("loss", help="validation loss per interval; takes train_foster.py's flags too")
@@ -71,14 +78,12 @@ def read_samples(folder: str | os.PathLike) -> list[tuple[Path, str]]:
 
 
 def scorer(command: str):
-    """(picture, prompt) -> {score: value, or None where the prompt does not ask for it}."""
-    if command == "mini":
-        from mini.world import score
+    """(picture or frames, prompt) -> {score: value, or None where the prompt does not ask for it}."""
+    from mini import clips, digits, world
 
-        return score
-    from mini import digits
-
-    return lambda picture, prompt: {"digit": digits.score(picture, prompt)}
+    if command == "digits":
+        return lambda picture, prompt: {"digit": digits.score(picture, prompt)}
+    return clips.score if command == "clips" else world.score
 
 
 def mean_scores(folder: str | os.PathLike, command: str) -> dict:
@@ -87,10 +92,11 @@ def mean_scores(folder: str | os.PathLike, command: str) -> dict:
     values: dict[str, list[float]] = {name: [] for name in SCORES[command]}
     for path, prompt in tqdm(read_samples(folder), desc=str(folder)):
         try:
-            score = score_of(Image.open(path).convert("RGB"), prompt)
-        except (OSError, UnidentifiedImageError) as error:
+            score = score_of(data.read_clip(path) if command == "clips" else Image.open(path).convert("RGB"), prompt)
+        except (OSError, UnidentifiedImageError) as error:  # PyAV's errors are OSErrors or ValueErrors
+            kind = "clip" if command == "clips" else "picture"
             raise ValueError(
-                f"{path} is no picture or is truncated ({error}); delete it and run sample.py again"
+                f"{path} is no {kind} or is truncated ({error}); delete it and run sample.py again"
             ) from error
         for name in SCORES[command]:
             if score[name] is not None:
