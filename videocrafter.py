@@ -49,7 +49,8 @@ class UNet3DVideoCrafterConditionModel(UNet3DConditionModel):
     """UNet3DConditionModel with gradient checkpointing, and with the frame rate beside the timestep.
 
     In the config beside the stock arguments: `fps_cond`, whether there is a frame-rate embedding; `fps`, the frames
-    per second if `forward` is not told. The stock pipeline does not tell: set `unet.fps`.
+    per second if `forward` is not told (the stock pipeline does not tell: set `unet.fps`); `num_frames`, of the clips
+    that it was trained on.
     """
 
     _supports_gradient_checkpointing = True
@@ -75,9 +76,10 @@ class UNet3DVideoCrafterConditionModel(UNet3DConditionModel):
         time_cond_proj_dim=None,
         fps_cond=True,
         fps=28,
+        num_frames=16,
     ):
         stock = dict(locals())
-        for name in ("self", "__class__", "fps_cond", "fps"):
+        for name in ("self", "__class__", "fps_cond", "fps", "num_frames"):
             del stock[name]
         super().__init__(**stock)
         self.fps = fps

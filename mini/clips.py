@@ -39,6 +39,7 @@ PROMPTS = {"validation": 60, "test": 120}
 ATTRIBUTES = ("action", "speed", "colour", "count")
 _DIAMETERS = {1: (8, 11), 2: (7, 9), 3: (7, 7)}  # at the middle of the clip
 _PLURAL = {shape: shape + ("es" if shape.endswith("s") else "s") for shape in world.SHAPES}
+WORDS = (*COUNTS.values(), *SPEEDS, *_PLURAL.values(), *(word for action in ACTIONS for word in action.split()))
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def make_clip(domain: str, rng: np.random.Generator) -> Clip:
             return clip
 
 
-def clips(domain: str, split: str, n: int | None = None) -> list[Clip]:
+def scenes(domain: str, split: str, n: int | None = None) -> list[Clip]:
     """The first n (default: all) clips of a split; clip k depends on (domain, split, k) alone."""
     count = SPLITS[split] if n is None else n
     return [make_clip(domain, world._rng("clip", CLIPS_VERSION, domain, split, k)) for k in range(count)]
@@ -115,8 +116,8 @@ def _sentence(count, colour, shape, action, speed):
     return " ".join(word for word in (COUNTS[count], colour, noun, action, speed) if word)
 
 
-def caption(clip: Clip) -> str:
-    """The true caption, such as "two red circles moving left slowly"."""
+def caption(clip: Clip, rng=None) -> str:
+    """The true caption, such as "two red circles moving left slowly". There is but one, whatever `rng`."""
     return _sentence(clip.count, clip.colour, clip.shape, clip.action, clip.speed)
 
 
@@ -240,7 +241,7 @@ def clip_folder(domain: str, split: str, root: str | Path | None = None) -> Path
     root.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=root))
     with open(draft / "metadata.jsonl", "w", encoding="utf-8") as lines:
-        for k, clip in enumerate(clips(domain, split)):
+        for k, clip in enumerate(scenes(domain, split)):
             data.write_clip([Image.fromarray(frame) for frame in render(clip)], draft / f"{k:05d}.mp4", FPS)
             lines.write(json.dumps({"file_name": f"{k:05d}.mp4", "text": caption(clip)}) + "\n")
     draft.chmod(0o755)
@@ -256,5 +257,5 @@ def clip_folder(domain: str, split: str, root: str | Path | None = None) -> Path
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    rows = zip(*(clips(domain, "validation", 16) for domain in world.DOMAINS))
+    rows = zip(*(scenes(domain, "validation", 16) for domain in world.DOMAINS))
     world.contact_sheet([frame for row in rows for clip in row for frame in render(clip)]).save(sys.argv[1])

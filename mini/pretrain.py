@@ -1,9 +1,9 @@
-"""Pretrain the bundled `mini/sd15`, `mini/pixart` and `mini/sd3`: pipelines of stock classes for the world's 32x32
-pictures.
+"""Pretrain the bundled models: pipelines of stock classes for the mini world's 32x32 pictures (sd15, pixart, sd3) and
+clips (vc2).
 
 The autoencoder sees both domains; denoiser and text encoders see the source domain only, under web captions, so that
-the result draws well and binds badly (world.web_caption). All three models share one autoencoder. On a CPU, resumable,
-a function of --seed:
+the result draws well and obeys badly (web_caption of world.py and clips.py). All models share one autoencoder. On a
+CPU, resumable, a function of --seed:
 
     python mini/pretrain.py --stage vae       # autoencoder -> work_dir/vae.pt and mini/sd15/vae
     python mini/pretrain.py --stage decoder   # a better decoder for the same latents, in place
@@ -39,6 +39,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    TextToVideoSDPipeline,
     UNet2DConditionModel,
 )
 from tokenizers import pre_tokenizers
@@ -54,10 +55,19 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbones
-from mini import world
+from mini import clips, world
+from videocrafter import UNet3DVideoCrafterConditionModel, VideoCrafterDDIMScheduler
 
 HERE = Path(__file__).resolve().parent
 MAX_TOKENS = 20
+STABLE_DIFFUSION = {  # Stable Diffusion 1.5's schedule, and VideoCrafter2's
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
 LATENTS = 8  # channels; with 4, and as many steps, twice as many pictures lose a texture or a shape
 
 
@@ -110,12 +120,12 @@ def _merge_order(words):
     return order
 
 
-def make_tokenizer() -> CLIPTokenizer:
+def make_tokenizer(words=world.WORDS) -> CLIPTokenizer:
     """CLIP's layout (bytes, bytes that end a word, merges, bos, eos) written out by hand: trained tokenizers are not
-    reproducible. Each of world.WORDS is one token, anything else falls apart into letters."""
+    reproducible. Each of `words` is one token, anything else falls apart into letters."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab, merges = letters + [c + "</w>" for c in letters], []
-    for word in _merge_order(world.WORDS):
+    for word in _merge_order(words):
         grown, *rest = _symbols(word)
         for symbol in rest:
             if (grown, symbol) not in merges:
@@ -173,14 +183,7 @@ def make_sd15(vae: AutoencoderKL) -> StableDiffusionPipeline:
         text_encoder=make_clip(tokenizer, 128, 2),
         tokenizer=tokenizer,
         unet=make_unet(),
-        scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
+        scheduler=DDIMScheduler(**STABLE_DIFFUSION),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -242,7 +245,33 @@ def make_sd3(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
     )
 
 
-MODELS = {"sd15": make_sd15, "pixart": make_pixart, "sd3": make_sd3}
+def make_vc2(vae: AutoencoderKL) -> TextToVideoSDPipeline:
+    """VideoCrafter2's UNet and schedule, with its frame rate and its scale of x0; clips of 8 frames."""
+    tokenizer = make_tokenizer([*world.WORDS, *clips.WORDS])
+    unet = UNet3DVideoCrafterConditionModel(
+        sample_size=8,
+        in_channels=LATENTS,
+        out_channels=LATENTS,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock3D", "CrossAttnDownBlock3D"),
+        up_block_types=("CrossAttnUpBlock3D", "CrossAttnUpBlock3D"),
+        cross_attention_dim=128,
+        attention_head_dim=4,  # the number of heads, and the width of those of transformer_in
+        norm_num_groups=8,
+        fps=clips.FPS,
+        num_frames=clips.FRAMES,
+    )
+    return TextToVideoSDPipeline(
+        vae=vae,
+        text_encoder=make_clip(tokenizer, 128, 2),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=VideoCrafterDDIMScheduler(**STABLE_DIFFUSION),
+    )
+
+
+MODELS = {"sd15": make_sd15, "pixart": make_pixart, "sd3": make_sd3, "vc2": make_vc2}
 
 
 def trained_parts(pipe) -> torch.nn.ModuleDict:
@@ -254,10 +283,10 @@ def trained_parts(pipe) -> torch.nn.ModuleDict:
 # --- shared pieces ---
 
 
-def _pixels(scenes):
-    """(B, 3, 32, 32) in [-1, 1]."""
-    batch = np.stack([world.render(s) for s in scenes])
-    return torch.from_numpy(batch).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+def _pixels(scenes, kind=world):
+    """(B[, F], 3, 32, 32) in [-1, 1]."""
+    batch = np.stack([kind.render(s) for s in scenes])
+    return torch.from_numpy(batch).movedim(-1, -3).float().div_(127.5).sub_(1)
 
 
 def _uint8(pixels):
@@ -426,10 +455,20 @@ def _reads(picture, scene):
 # --- stage 2: denoiser and text encoders ---
 
 
+def world_of(args: argparse.Namespace):
+    """mini/world.py, or mini/clips.py of the same interface."""
+    return clips if args.model == "vc2" else world
+
+
 @torch.no_grad()
-def encode(vae: AutoencoderKL, scenes: list, batch: int = 250) -> torch.Tensor:
-    """Scaled latents (N, C, 8, 8) of scenes; the posterior is so narrow that its mean does."""
-    parts = [vae.encode(_pixels(scenes[k : k + batch])).latent_dist.mode() for k in range(0, len(scenes), batch)]
+def encode(vae: AutoencoderKL, scenes: list, kind=world, batch: int = 128) -> torch.Tensor:
+    """Scaled latents (N, C, 8, 8) of scenes or (N, C, F, 8, 8) of clips; the posterior is so narrow that its mean
+    does."""
+    parts = []
+    for k in range(0, len(scenes), batch):
+        pixels = _pixels(scenes[k : k + batch], kind)
+        z = vae.encode(pixels.flatten(0, -4)).latent_dist.mode()
+        parts.append(z if pixels.ndim == 4 else z.unflatten(0, pixels.shape[:2]).transpose(1, 2))
     return (torch.cat(parts) - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
 
 
@@ -441,7 +480,7 @@ def _loss(pipe, x0, texts, generator, **options):
     t = process.draw_t(torch.rand(len(x0), generator=generator), 0, backbones.T)
     xt, target = process.diffuse(x0, noise, t)
     pred = backbone.predict(pipe, xt, t, backbone.conditions(backbone.encode(pipe, texts, **options)))
-    return (pred - target).square().mean((1, 2, 3))
+    return (pred - target).square().flatten(1).mean(1)
 
 
 def _captions(scenes, picks, write, rng):
@@ -459,15 +498,16 @@ def train_denoiser(args: argparse.Namespace) -> None:
     if path.exists():
         first, began = _resume(path, model, optimizer)
         average = torch.load(path, weights_only=True)["average"]
-    scenes = world.scenes("source", "pretrain", args.pictures)
-    latents = encode(pipe.vae, scenes)
+    kind = world_of(args)
+    scenes = kind.scenes("source", "pretrain", args.pictures)
+    latents = encode(pipe.vae, scenes, kind)
     print(f"{len(scenes)} latents, std {latents.std():.3f}, {time.time() - began:.0f}s", flush=True)
     total, steps = 0.0, args.steps
     for step in range(first, steps):
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         rng = np.random.default_rng([args.seed, step])
         picks = rng.integers(len(scenes), size=args.batch_size)
-        texts = _captions(scenes, picks, world.web_caption, rng)
+        texts = _captions(scenes, picks, kind.web_caption, rng)
         # a plain pipe(prompt) of SD3 hands over 256 empty T5 tokens instead of MAX_TOKENS; both shall draw well
         options = {"max_sequence_length": 256} if args.model == "sd3" and step % 10 == 0 else {}
         loss = _loss(pipe, latents[picks], texts, generator, **options).mean()
@@ -532,7 +572,7 @@ def load(folder: Path):
 
 
 def draw(pipe, texts: list[str], args: argparse.Namespace) -> np.ndarray:
-    """(N, 32, 32, 3) uint8; picture k uses seed + k."""
+    """(N[, F], 32, 32, 3) uint8; picture or clip k uses seed + k."""
     parts = []
     for k in range(0, len(texts), 50):
         seeds = [torch.Generator().manual_seed(args.seed + j) for j in range(k, min(k + 50, len(texts)))]
@@ -543,28 +583,30 @@ def draw(pipe, texts: list[str], args: argparse.Namespace) -> np.ndarray:
             generator=seeds,
             output_type="np",
             **backbones.backbone_of(pipe).sampling(pipe),
-        ).images
+        )[0]
         parts.append((images * 255).round().astype(np.uint8))
     return np.concatenate(parts)
 
 
 def report(args: argparse.Namespace) -> dict:
-    """Mean scores of source-style prompts: one object, and each category's validation prompts."""
-    pipe = load(args.output_dir)
-    one = [f"a {c} {s}" for c in world.COLOURS for s in world.SHAPES]
-    sets = {"one object": [one[k % len(one)] for k in range(args.report_pictures)]}
-    for category in world.CATEGORIES:
-        texts = world.prompts(category, "validation")
-        sets[category] = [texts[k % len(texts)] for k in range(args.report_pictures)]
+    """Mean scores of source-style prompts: of clips, or of one object and of each category's validation prompts."""
+    pipe, kind = load(args.output_dir), world_of(args)
+    if kind is clips:
+        sets = {"clips": clips.prompts("validation")}
+    else:
+        sets = {"one object": [f"a {c} {s}" for c in world.COLOURS for s in world.SHAPES]}
+        sets |= {category: world.prompts(category, "validation") for category in world.CATEGORIES}
     result, tiles = {"steps": args.num_inference_steps, "guidance": args.guidance_scale}, []
     for name, texts in sets.items():
+        texts = [texts[k % len(texts)] for k in range(args.report_pictures)]
         pictures = draw(pipe, texts, args)
-        tiles += list(pictures[:32])
-        values = [world.score(p, t) for p, t in zip(pictures, texts)]
+        tiles += list(pictures[:32].reshape(-1, world.SIZE, world.SIZE, 3))
+        values = [kind.score(p, t) for p, t in zip(pictures, texts)]
         means = {k: [v[k] for v in values if v[k] is not None] for k in values[0]}
         means = {k: round(float(np.mean(v)), 3) for k, v in means.items() if v}
-        want = 1 if name == "one object" else 2
-        means["count"] = round(float(np.mean([len(world.detect(p)) == want for p in pictures])), 3)
+        if kind is world:
+            want = 1 if name == "one object" else 2
+            means["count"] = round(float(np.mean([len(world.detect(p)) == want for p in pictures])), 3)
         result[name] = means
         print(name, means, flush=True)
     if args.sheet:
@@ -575,16 +617,15 @@ def report(args: argparse.Namespace) -> dict:
 def room(args: argparse.Namespace) -> dict:
     """Loss on held-out target pictures with true captions, before and after a short full fine-tune."""
     pipe = load(args.output_dir)
-    rng = np.random.default_rng(args.seed)
-    data = {}
-    for split, count in (("validation", 512), ("train", 4000)):
-        scenes = world.scenes("target", split, count)
-        data[split] = (scenes, encode(pipe.vae, scenes))
+    rng, kind, data = np.random.default_rng(args.seed), world_of(args), {}
+    for split, count in (("validation", 256), ("train", kind.SPLITS["train"])):
+        scenes = kind.scenes("target", split, count)
+        data[split] = (scenes, encode(pipe.vae, scenes, kind))
 
     @torch.no_grad()
     def held_out():
         scenes, x0 = data["validation"]
-        texts = _captions(scenes, range(len(scenes)), world.caption, np.random.default_rng(0))
+        texts = _captions(scenes, range(len(scenes)), kind.caption, np.random.default_rng(0))
         runs = [_loss(pipe, x0, texts, torch.Generator().manual_seed(k)).mean().item() for k in range(4)]
         return float(np.mean(runs))
 
@@ -593,7 +634,7 @@ def room(args: argparse.Namespace) -> dict:
     for step in range(args.room_steps):
         scenes, x0 = data["train"]
         picks = rng.integers(len(scenes), size=args.batch_size)
-        texts = _captions(scenes, picks, world.caption, rng)
+        texts = _captions(scenes, picks, kind.caption, rng)
         loss = _loss(pipe, x0[picks], texts, torch.Generator().manual_seed(step)).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -15,7 +15,7 @@ SOME = 300  # clips of each domain
 
 @pytest.fixture(scope="module")
 def some():
-    return {d: [(clips.render(c), c) for c in clips.clips(d, "test", SOME)] for d in world.DOMAINS}
+    return {d: [(clips.render(c), c) for c in clips.scenes(d, "test", SOME)] for d in world.DOMAINS}
 
 
 def truth(clip):
@@ -45,7 +45,7 @@ def test_detector_stands_noise_and_compression(some, domain, tmp_path):
 
 def test_nothing_is_seen_in_noise_and_on_empty_grounds():
     rng = np.random.default_rng(0)
-    for clip in clips.clips("target", "test", 20):
+    for clip in clips.scenes("target", "test", 20):
         empty = np.stack([(world.background("target", clip.ground).clip(0, 1) * 255).astype(np.uint8)] * clips.FRAMES)
         noise = (rng.random(empty.shape) * 255).astype(np.uint8)
         assert clips.detect(empty)["count"] == clips.detect(noise)["count"] == 0
@@ -64,7 +64,7 @@ def test_other_frames_are_other_actions(some):
 def test_web_captions_are_wrong_as_stated():
     rng, pairs = (
         np.random.default_rng(0),
-        [(c, clips.parse(clips.caption(c))) for c in clips.clips("source", "test", 500)],
+        [(c, clips.parse(clips.caption(c))) for c in clips.scenes("source", "test", 500)],
     )
     found = [(truth, clips.web_caption(clip, rng)) for clip, truth in pairs for _ in range(4)]
     texts = [(truth, clips.parse(text)) for truth, text in found if text]
@@ -91,8 +91,8 @@ def test_prompts_and_splits():
 
 def test_clips_are_frozen():
     """Another digest means another world: CLIPS_VERSION must change with it."""
-    content = b"".join(clips.render(c).tobytes() for d in world.DOMAINS for c in clips.clips(d, "test", 5))
-    captions = "".join(clips.caption(c) for d in world.DOMAINS for c in clips.clips(d, "validation", 50))
+    content = b"".join(clips.render(c).tobytes() for d in world.DOMAINS for c in clips.scenes(d, "test", 5))
+    captions = "".join(clips.caption(c) for d in world.DOMAINS for c in clips.scenes(d, "validation", 50))
     assert hashlib.sha256(content).hexdigest()[:12] == "cef296a18dac"
     assert hashlib.sha256(captions.encode()).hexdigest()[:12] == "5d9a43eddd66"
 
@@ -102,7 +102,7 @@ def test_folder(tmp_path, monkeypatch):
     folder = clips.clip_folder("target", "validation", tmp_path)
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert [row["file_name"] for row in rows] == ["00000.mp4", "00001.mp4", "00002.mp4"]
-    for row, clip in zip(rows, clips.clips("target", "validation")):
+    for row, clip in zip(rows, clips.scenes("target", "validation")):
         frames = data.read_clip(folder / row["file_name"])
         assert (
             len(frames) == clips.FRAMES and clips.detect(frames) == truth(clip) and row["text"] == clips.caption(clip)
