@@ -275,8 +275,12 @@ def write_clip(frames: list[Image.Image], path: Path, fps: float) -> None:
 
 
 def read_clip(path: Path) -> list[Image.Image]:
-    with av.open(str(path)) as container:
-        return [frame.to_image() for frame in container.decode(video=0)]
+    """All frames. ValueError for a file that is no clip."""
+    try:
+        with av.open(str(path)) as container:
+            return [frame.to_image() for frame in container.decode(video=0)]
+    except (av.FFmpegError, IndexError, OSError) as error:
+        raise ValueError(f"{path} is no clip or is truncated ({error}); make it again") from error
 
 
 def film_strip(frames: list[Image.Image], count: int = 4) -> Image.Image:

@@ -4,6 +4,8 @@
     python evaluate.py clips output/video-tsm                    # clips of sample.py, by the mini world's detectors
     python evaluate.py digits output/digits-tsm                  # by a classifier of handwritten digits
     python evaluate.py loss --experts output/foster-n8/experts-n8        # validation loss per timestep interval
+    python evaluate.py evalcrafter output/videos --metadata metadata.json --inception_path inception-2015-12-05.pt \
+        --action_model vit-base-p16_videomaev2.pth --action_labels label_map_k400.txt            # Tables 2 and 5
 
 `mini` reads the folders that sample.py wrote, each with samples/ and metadata.jsonl, and gives the share of pictures
 with the demanded colour, shape and texture present, the relation right (spatial), all named attributes on one and the
@@ -11,18 +13,32 @@ same object (binding), and everything right (complex); mini/world.py has the exa
 `clips` gives the share of clips whose action, speed, colour and number of objects are as demanded (mini/clips.py).
 `loss` gives the diffusion loss on a validation folder at fixed t and noise, base beside experts, on intervals of equal
 width (t grows with noise), with the standard error of the paired difference. Both print a table and write JSON.
+
+`evalcrafter` reads 0000.mp4, 0001.mp4, ... and EvalCrafter's metadata.json (not bundled: it has no licence), and gives
+its six scores (evalcrafter.py) and the two that are corrected. Each clip's result is kept, so that a second start does
+what is missing, and several processes share the work. --metrics takes some of them; networks are loaded when needed,
+from hub ids, folders or, for Inception, RAFT and the action classifier, files.
 """
 
 import argparse
 import json
 import math
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+import torch
+import torchvision
+import transformers
+from accelerate import Accelerator, PartialState
 from PIL import Image, UnidentifiedImageError
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 import data
+import evalcrafter
 import train_foster
 import tsm_lora
 
@@ -31,6 +47,8 @@ SCORES = {
     "clips": ("action", "speed", "colour", "count"),
     "digits": ("digit",),
 }
+NETWORKS = ("detector", "segmenter")
+CRAFTER = {"is": None, "action": "action", "amplitude": "amp", "blip_bleu": None, "color": "color", "count": "count"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,6 +59,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         scores = commands.add_parser(command, help=f"scores of sampled {what}")
         scores.add_argument("image_dirs", nargs="+", help="folders that sample.py wrote")
         scores.add_argument("--output_file", default="output/scores.json")
+    crafter = commands.add_parser("evalcrafter", help="EvalCrafter's scores of clips, Tables 2 and 5")
+    crafter.add_argument("video_dir", help="0000.mp4, ... or a folder that sample.py wrote")
+    crafter.add_argument("--metadata", required=True, help="EvalCrafter's metadata.json")
+    crafter.add_argument("--metrics", nargs="+", choices=CRAFTER, default=list(CRAFTER))
+    crafter.add_argument("--inception_path", help="TorchScript file inception-2015-12-05.pt")
+    crafter.add_argument("--action_model", help="mmaction2's VideoMAE-v2 .pth, or a hub id or folder of transformers'")
+    crafter.add_argument("--action_labels", help="names of its classes, a line each")
+    crafter.add_argument("--clip_model", default="openai/clip-vit-base-patch32")
+    crafter.add_argument("--raft_path", help="weights of torchvision's raft_large; its Things weights if not given")
+    crafter.add_argument("--caption_model", default="Salesforce/blip2-opt-2.7b")
+    crafter.add_argument("--detector", default="IDEA-Research/grounding-dino-tiny")
+    crafter.add_argument("--segmenter", default="facebook/sam-vit-base")
+    crafter.add_argument("--output_dir", default="output/evalcrafter", help="result.json, and what was measured")
     loss = commands.add_parser("loss", help="validation loss per interval; takes train_foster.py's flags too")
     loss.add_argument("--experts", nargs="+", required=True, help="folders of experts")
     loss.add_argument("--num_intervals", type=int, default=8, help="intervals of the table, whatever the experts' own")
@@ -77,6 +108,15 @@ def read_samples(folder: str | os.PathLike) -> list[tuple[Path, str]]:
     return [(folder / row["file_name"], row["text"]) for row in rows]
 
 
+def read_picture(path: Path) -> Image.Image:
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(
+            f"{path} is no picture or is truncated ({error}); delete it and run sample.py again"
+        ) from error
+
+
 def scorer(command: str):
     """(picture or frames, prompt) -> {score: value, or None where the prompt does not ask for it}."""
     from mini import clips, digits, world
@@ -91,13 +131,7 @@ def mean_scores(folder: str | os.PathLike, command: str) -> dict:
     score_of = scorer(command)
     values: dict[str, list[float]] = {name: [] for name in SCORES[command]}
     for path, prompt in tqdm(read_samples(folder), desc=str(folder)):
-        try:
-            score = score_of(data.read_clip(path) if command == "clips" else Image.open(path).convert("RGB"), prompt)
-        except (OSError, UnidentifiedImageError) as error:  # PyAV's errors are OSErrors or ValueErrors
-            kind = "clip" if command == "clips" else "picture"
-            raise ValueError(
-                f"{path} is no {kind} or is truncated ({error}); delete it and run sample.py again"
-            ) from error
+        score = score_of(data.read_clip(path) if command == "clips" else read_picture(path), prompt)
         for name in SCORES[command]:
             if score[name] is not None:
                 values[name].append(score[name])
@@ -122,8 +156,6 @@ def evaluate_pictures(args: argparse.Namespace) -> None:
 
 
 def evaluate_loss(args: argparse.Namespace) -> None:
-    from accelerate import Accelerator
-
     settings = args.settings
     accelerator = Accelerator(cpu=train_foster.on_cpu(), mixed_precision=settings.mixed_precision)
     pipe = train_foster.load_pipeline(settings, accelerator)
@@ -171,6 +203,154 @@ def evaluate_loss(args: argparse.Namespace) -> None:
     train_foster.write_json(Path(args.output_file), {"pictures_from": origin, "intervals": records})
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# EvalCrafter
+
+
+def kept(folder: Path, paths: dict[str, Path], load: Callable, settings: dict, state: PartialState) -> dict:
+    """measure(name, path) of every file as an array, by name, where measure = load(). Only what `folder` does not keep
+    yet is measured, each process its share. ValueError where the folder holds measurements by other settings."""
+    store = folder / "settings.json"
+    with state.main_process_first():
+        before = json.loads(store.read_text()) if store.exists() else settings
+        if before != settings:
+            raise ValueError(f"{folder} was measured with {before}, not {settings}: choose another --output_dir")
+        if state.is_main_process:
+            train_foster.write_json(store, settings)
+
+    def fresh(name):
+        array = folder / f"{name}.npy"
+        return not array.exists() or array.stat().st_mtime < paths[name].stat().st_mtime
+
+    missing = [name for name in sorted(paths) if fresh(name)]
+    state.wait_for_everyone()
+    mine = missing[state.process_index :: state.num_processes]
+    measure = load() if mine else None
+    for name in tqdm(mine, desc=folder.name):
+        value = measure(name, paths[name])
+        with open(folder / f"{name}.partial", "wb") as file:
+            np.save(file, np.asarray(value))
+        os.replace(folder / f"{name}.partial", folder / f"{name}.npy")
+    state.wait_for_everyone()
+    return {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in sorted(paths)}
+
+
+def weights(path: str) -> dict:
+    """Tensors of a .safetensors or .pth file; nothing else is ever unpickled."""
+    loaded = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+    return loaded.get("state_dict", loaded)
+
+
+def crafter_measure(metric: str, entries: dict, args: argparse.Namespace, device: torch.device) -> Callable:
+    """(name, path) -> what the metric's network makes of a clip. ValueError where a network's file is not named."""
+    needed = {"is": ("inception_path",), "action": ("action_model", "action_labels")}.get(metric, ())
+    if missing := [f"--{flag}" for flag in needed if getattr(args, flag) is None]:
+        raise ValueError(f"the metric {metric} needs {' and '.join(missing)}: it cannot be downloaded by itself")
+
+    def frames(path):
+        return np.stack([np.asarray(frame) for frame in data.read_clip(path)])
+
+    if metric == "is":
+        inception = torch.jit.load(args.inception_path, map_location=device).eval()
+        return lambda name, path: evalcrafter.inception_probabilities(inception, frames(path)).numpy()
+    if metric == "action":
+        labels = Path(args.action_labels).read_text().splitlines()
+        if Path(args.action_model).is_file():
+            state = evalcrafter.convert_videomae(weights(args.action_model))
+            model = transformers.VideoMAEForVideoClassification(
+                transformers.VideoMAEConfig(num_labels=len(labels), layer_norm_eps=1e-6)
+            )
+            model.fc_norm.eps = 1e-6
+            model.load_state_dict(state)
+        else:
+            model = transformers.VideoMAEForVideoClassification.from_pretrained(args.action_model)
+        model = model.to(device).eval()
+        text = transformers.CLIPModel.from_pretrained(args.clip_model).to(device).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.clip_model)
+
+        def action(name, path):
+            probabilities = evalcrafter.action_probabilities(model, frames(path))
+            similarities = evalcrafter.text_similarities(text, tokenizer, labels, entries[name]["action"])
+            return evalcrafter.action_score(probabilities, similarities)
+
+        return action
+    if metric == "amplitude":
+        of = torchvision.models.optical_flow
+        state = weights(args.raft_path) if args.raft_path else None
+        raft = of.raft_large(weights=None).to(device).eval()
+        raft.load_state_dict(state or of.Raft_Large_Weights.C_T_V1.get_state_dict(weights_only=True))
+        return lambda name, path: evalcrafter.mean_flows(raft, frames(path))
+    if metric == "blip_bleu":
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+        model = transformers.Blip2ForConditionalGeneration.from_pretrained(args.caption_model, dtype=dtype)
+        processor, model = transformers.AutoProcessor.from_pretrained(args.caption_model), model.to(device).eval()
+
+        def blip_bleu(name, path):
+            captions = evalcrafter.blip_captions(model, processor, frames(path))
+            return evalcrafter.blip_bleu(entries[name]["prompt"], captions)
+
+        return blip_bleu
+    detector = transformers.GroundingDinoForObjectDetection.from_pretrained(args.detector).to(device).eval()
+    segmenter = transformers.SamModel.from_pretrained(args.segmenter).to(device).eval()
+    find, cut = (transformers.AutoProcessor.from_pretrained(name) for name in (args.detector, args.segmenter))
+
+    def objects(name, path):
+        """Per sampled frame the number of objects, and their mean hue by the official and by the corrected rule."""
+        (_, noun), clip, rows = evalcrafter.attribute(entries[name][CRAFTER[metric]]), frames(path), []
+        for frame in clip[evalcrafter.attribute_frames(len(clip))]:
+            boxes = evalcrafter.detect_boxes(detector, find, frame, noun)
+            ids = evalcrafter.object_ids(boxes, segmenter, cut, frame)
+            hues = (evalcrafter.mean_hue(frame, ids, corrected) for corrected in (False, True))
+            rows.append([len(np.unique(ids[ids > 0])), *hues])
+        return rows
+
+    return objects
+
+
+def crafter_scores(metric: str, kept: dict[str, np.ndarray], entries: dict) -> dict[str, float]:
+    """The scores that a metric's measurements give, by name."""
+    if metric == "is":
+        mean, deviation = evalcrafter.inception_score(torch.from_numpy(np.concatenate(list(kept.values()))))
+        return {"is": mean, "is_standard_deviation": deviation}
+    if metric == "amplitude":
+        right = [evalcrafter.amplitude(flows) == entries[name]["amp"] for name, flows in kept.items()]
+        return {"amplitude": float(np.mean(right))}
+    if metric not in ("color", "count"):
+        return {metric: float(np.mean(list(kept.values())))}
+    pairs = [(rows, evalcrafter.attribute(entries[name][metric])[0]) for name, rows in kept.items()]
+    if metric == "count":
+        return {"count": float(np.mean([evalcrafter.count_score(rows[:, 0], float(n)) for rows, n in pairs]))}
+    official = [evalcrafter.color_score(rows[:, 1], color) for rows, color in pairs]
+    corrected = [evalcrafter.color_score(rows[:, 2], color, corrected=True) for rows, color in pairs]
+    return {"color": float(np.mean(official)), "color_corrected": float(np.mean(corrected))}
+
+
+def evaluate_evalcrafter(args: argparse.Namespace) -> None:
+    state, out = PartialState(cpu=not torch.cuda.is_available()), Path(args.output_dir)
+    folder = Path(args.video_dir) / "samples" if (Path(args.video_dir) / "samples").is_dir() else Path(args.video_dir)
+    entries = json.loads(Path(args.metadata).read_text())
+    entries = {key: entry | entry.get("attributes", {}) for key, entry in entries.items()}
+    paths = {path.stem[:4]: path for path in sorted(folder.glob("*.mp4"))}
+    if not paths or (foreign := sorted(set(paths) - set(entries))):
+        raise ValueError(f"{folder}: no .mp4 there" if not paths else f"{folder}: {args.metadata} knows no {foreign}")
+    result = {"video_dir": str(folder), "clips": len(paths), "scores": {}, "counts": {}}
+    for metric in args.metrics:
+        attribute = CRAFTER[metric]
+        own = {k: p for k, p in paths.items() if attribute is None or entries[k].get(attribute)}
+        if not own:
+            raise ValueError(f"{args.metadata} gives none of the {len(paths)} clips the attribute {attribute!r}")
+        flags = {k: v for k, v in vars(args).items() if k.endswith(("_path", "_model", "_labels")) or k in NETWORKS}
+        load = partial(crafter_measure, metric, entries, args, state.device)
+        values = kept(out / metric, own, load, {"video_dir": str(folder), **flags}, state)
+        result["scores"] |= crafter_scores(metric, values, entries)
+        result["counts"][metric] = len(own)
+    if state.is_main_process:
+        train_foster.write_json(out / "result.json", result)
+        for name, value in result["scores"].items():
+            print(f"{name:24s} {value if name.startswith('is') else 100 * value:8.2f}")
+
+
 if __name__ == "__main__":
     arguments = parse_args()
-    (evaluate_loss if arguments.command == "loss" else evaluate_pictures)(arguments)
+    run = {"loss": evaluate_loss, "evalcrafter": evaluate_evalcrafter}.get(arguments.command, evaluate_pictures)
+    run(arguments)
