@@ -9,12 +9,8 @@ are those of mini/world.py, `source` plain and `target` patterned; `detect` read
 Frozen: CLIPS_VERSION changes with any change that changes a clip.
 """
 
-import json
-import os
 import re
-import shutil
 import sys
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from itertools import product
@@ -234,24 +230,13 @@ def score(frames, prompt: str) -> dict[str, float | None]:
 
 def clip_folder(domain: str, split: str, root: str | Path | None = None) -> Path:
     """Folder of .mp4 + metadata.jsonl (file_name, text) of a split with true captions; complete or absent."""
-    root = Path(root) if root else Path(__file__).resolve().parent / "data"
-    folder = root / f"clips-{domain}-{split}-v{CLIPS_VERSION}"
-    if folder.exists():
-        return folder
-    root.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=root))
-    with open(draft / "metadata.jsonl", "w", encoding="utf-8") as lines:
+
+    def rows(folder):
         for k, clip in enumerate(scenes(domain, split)):
-            data.write_clip([Image.fromarray(frame) for frame in render(clip)], draft / f"{k:05d}.mp4", FPS)
-            lines.write(json.dumps({"file_name": f"{k:05d}.mp4", "text": caption(clip)}) + "\n")
-    draft.chmod(0o755)
-    try:
-        os.rename(draft, folder)
-    except OSError:  # another process was first
-        shutil.rmtree(draft)
-        if not folder.exists():
-            raise
-    return folder
+            data.write_clip([Image.fromarray(frame) for frame in render(clip)], folder / f"{k:05d}.mp4", FPS)
+            yield f"{k:05d}.mp4", caption(clip)
+
+    return world.write_folder(f"clips-{domain}-{split}-v{CLIPS_VERSION}", root, rows)
 
 
 if __name__ == "__main__":

@@ -483,19 +483,28 @@ def image_folder(domain: str, split: str, root: str | Path | None = None, captio
     """
     if captions not in ("true", "web"):
         raise ValueError(f"captions must be 'true' or 'web', not {captions!r}")
+    write = caption if captions == "true" else web_caption
+
+    def rows(folder):
+        for k, scene in enumerate(scenes(domain, split)):
+            Image.fromarray(render(scene)).save(folder / f"{k:05d}.png", compress_level=1)
+            yield f"{k:05d}.png", write(scene, _rng("caption", captions, domain, split, k))
+
+    return write_folder(f"{domain}-{split}-{captions}-v{WORLD_VERSION}", root, rows)
+
+
+def write_folder(name: str, root: str | Path | None, rows) -> Path:
+    """root / name with what `rows(folder)` writes there and a metadata.jsonl of the (file_name, text) that it yields;
+    complete or absent, also where several processes ask at once."""
     root = Path(root) if root else Path(__file__).resolve().parent / "data"
-    folder = root / f"{domain}-{split}-{captions}-v{WORLD_VERSION}"
+    folder = root / name
     if folder.exists():
         return folder
     root.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=root))
-    write = caption if captions == "true" else web_caption
     with open(draft / "metadata.jsonl", "w", encoding="utf-8") as lines:
-        for k, scene in enumerate(scenes(domain, split)):
-            name = f"{k:05d}.png"
-            Image.fromarray(render(scene)).save(draft / name, compress_level=1)
-            text = write(scene, _rng("caption", captions, domain, split, k))
-            lines.write(json.dumps({"file_name": name, "text": text}) + "\n")
+        for file_name, text in rows(draft):
+            lines.write(json.dumps({"file_name": file_name, "text": text}) + "\n")
     draft.chmod(0o755)
     try:
         os.rename(draft, folder)
