@@ -16,6 +16,8 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.training_utils import compute_snr
 
+import videocrafter  # noqa: F401, its classes must be known before a pipeline that names them is loaded
+
 T = 1000  # training timesteps of every supported model
 
 

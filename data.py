@@ -72,9 +72,11 @@ def load_rows(source: str | os.PathLike, args, streaming: bool = False) -> Datas
     elif args.video and (tables := sorted(p for p in folder.glob("*.csv") if p.name not in METADATA)):
         rows = load_dataset("csv", data_files=list(map(str, tables)), split="train")
         if (name := args.video_column) in rows.column_names:
-            check_files(rows[name], folder)
-            features = Features(rows.features | {name: VideoFeature()})
-            rows = rows.map(lambda row: {name: {"path": str(folder / row[name]), "bytes": None}}, features=features)
+            rows = rows.map(
+                lambda row: {name: {"path": str(folder / row[name]), "bytes": None}},
+                features=Features(rows.features | {name: VideoFeature()}),
+                new_fingerprint=check_files(rows, name, folder),
+            )
         rows = rows.to_iterable_dataset(min(64, len(rows))) if streaming else rows
     else:
         check_metadata(folder, CLIPS if args.video else None)
@@ -95,11 +97,14 @@ def load_rows(source: str | os.PathLike, args, streaming: bool = False) -> Datas
     return rows.select_columns(columns).cast_column(media_column(args), feature)
 
 
-def check_files(names: list[str], folder: Path) -> None:
-    """ValueError for a row of a table whose clip is missing."""
-    for number, name in enumerate(names):
-        if not (folder / str(name)).is_file():
-            raise ValueError(f"row {number} of the table in {folder}: there is no clip {folder / str(name)}")
+def check_files(rows: Dataset, column: str, folder: Path) -> str:
+    """A digest of the table and its files' sizes and times. ValueError for a row whose clip is missing."""
+    digest = hashlib.blake2b(rows._fingerprint.encode(), digest_size=8)
+    for number, name in enumerate(rows[column]):
+        if not (path := folder / str(name)).is_file():
+            raise ValueError(f"row {number} of the table in {folder}: there is no clip {path}")
+        digest.update(repr((name, path.stat().st_size, path.stat().st_mtime_ns)).encode())
+    return digest.hexdigest()
 
 
 def check_metadata(folder: Path, extensions: set[str] | None) -> None:
@@ -165,7 +170,8 @@ class Pictures(torch.utils.data.Dataset):
         u, *rest = torch.rand(5, generator=generator)
         drop, flip, top, left = (value.item() for value in rest)
         noise, vae_noise = torch.randn(2, *self.latent_shape, generator=generator)  # (c[, F], h, w) each
-        start = torch.rand((), generator=generator).item() if self.args.video and self.augment else 0.5
+        moving = self.args.video and self.augment and not self.args.center_crop
+        start = torch.rand((), generator=generator).item() if moving else 0.5
         flip = self.augment and self.args.random_flip and flip < 0.5
         caption = row[self.args.caption_column]
         if not isinstance(caption, str):
@@ -205,6 +211,8 @@ class Pictures(torch.utils.data.Dataset):
 
     def cacheable_pixels(self, row: dict, index: int, flip: bool) -> torch.Tensor:
         (w, h), (height, width) = self.open(row, index, 0.5)[0].size, size_of(self.args)
+        if self.args.video and not self.args.center_crop:
+            raise ValueError("--cache_latents cannot cache random parts of clips: add --center_crop for their middle")
         if w * height != h * width and not self.args.center_crop:
             raise ValueError(
                 f"--cache_latents cannot cache random crops, and {name_of(row, index)} is {w}x{h}: add --center_crop "
@@ -231,16 +239,18 @@ def open_picture(cell: dict, name: str) -> Image.Image:
         raise ValueError(f"{name} is no picture or is truncated ({error}); replace or remove it") from error
 
 
-def open_clip(cell: dict, name: str, args, start: float) -> list[Image.Image]:
+def open_clip(cell: dict, name: str, args, start: float, total: int | None = None) -> list[Image.Image]:
     """--max_num_frames frames, every --frame_stride-th, or so many that --fps of them pass in a second; `start` in
-    [0, 1] places them within the clip."""
+    [0, 1] places them within the clip of `total` frames, which it states itself."""
     name, pictures = cell["path"] or name, []
     try:
         with av.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as container:
             stream = container.streams.video[0]
             rate = float(stream.average_rate or 0)
-            stride = max(1.0, rate / args.fps) if args.fps else args.frame_stride
-            total = stream.frames or sum(1 for _ in container.decode(stream))
+            if args.fps and rate < 0.99 * args.fps:
+                raise ValueError(f"{name} has {rate:g} frames per second, fewer than --fps {args.fps:g} asks for")
+            stride = rate / args.fps if args.fps else args.frame_stride
+            total = total or stream.frames or sum(1 for _ in container.decode(stream))
             needed = int((args.max_num_frames - 1) * stride) + 1
             if total < needed:
                 raise ValueError(
@@ -250,14 +260,15 @@ def open_clip(cell: dict, name: str, args, start: float) -> list[Image.Image]:
             first = min(int(start * (total - needed + 1)), total - needed)
             wanted = [first + int(k * stride) for k in range(args.max_num_frames)]
             container.seek(0)
-            for k, frame in enumerate(container.decode(stream)):
-                pictures += [frame.to_image()] * (k in wanted)
-                if k == wanted[-1]:
+            count = 0
+            for count, frame in enumerate(container.decode(stream), 1):
+                pictures += [frame.to_image()] * (count - 1 in wanted)
+                if count > wanted[-1]:
                     break
     except (av.FFmpegError, IndexError, OSError) as error:
         raise ValueError(f"{name} is no clip or is truncated ({error}); replace or remove it") from error
-    if len(pictures) < args.max_num_frames:
-        raise ValueError(f"{name} says that it has {total} frames, but holds fewer; replace or remove it")
+    if len(pictures) < args.max_num_frames:  # a cut clip may state more frames than it shows
+        return open_clip(cell, name, args, start, count)
     return pictures
 
 

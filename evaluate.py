@@ -21,6 +21,7 @@ from hub ids, folders or, for Inception, RAFT and the action classifier, files.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -47,7 +48,14 @@ SCORES = {
     "clips": ("action", "speed", "colour", "count"),
     "digits": ("digit",),
 }
-NETWORKS = ("detector", "segmenter")
+CRAFTER_FLAGS = {  # what a metric's measurements depend on
+    "is": ("inception_path",),
+    "action": ("action_model", "action_labels", "clip_model"),
+    "amplitude": ("raft_path",),
+    "blip_bleu": ("caption_model",),
+    "color": ("detector", "segmenter"),
+    "count": ("detector", "segmenter"),
+}
 CRAFTER = {"is": None, "action": "action", "amplitude": "amp", "blip_bleu": None, "color": "color", "count": "count"}
 
 
@@ -333,15 +341,26 @@ def evaluate_evalcrafter(args: argparse.Namespace) -> None:
     paths = {path.stem[:4]: path for path in sorted(folder.glob("*.mp4"))}
     if not paths or (foreign := sorted(set(paths) - set(entries))):
         raise ValueError(f"{folder}: no .mp4 there" if not paths else f"{folder}: {args.metadata} knows no {foreign}")
-    result = {"video_dir": str(folder), "clips": len(paths), "scores": {}, "counts": {}}
+    if (folder.parent / "metadata.jsonl").exists():  # of sample.py
+        lines = map(json.loads, (folder.parent / "metadata.jsonl").read_text().splitlines())
+        for name, text in ((Path(line["file_name"]).stem, line["text"]) for line in lines):
+            if name in paths and text != entries[name]["prompt"].strip():
+                raise ValueError(f"{name}.mp4 was made for {text!r}, {args.metadata} says {entries[name]['prompt']!r}")
+    result = {"video_dir": str(folder), "scores": {}, "counts": {}}
+    if (out / "result.json").exists():  # of other metrics
+        before = json.loads((out / "result.json").read_text())
+        result = before if before["video_dir"] == str(folder) else result
     for metric in args.metrics:
         attribute = CRAFTER[metric]
         own = {k: p for k, p in paths.items() if attribute is None or entries[k].get(attribute)}
         if not own:
             raise ValueError(f"{args.metadata} gives none of the {len(paths)} clips the attribute {attribute!r}")
-        flags = {k: v for k, v in vars(args).items() if k.endswith(("_path", "_model", "_labels")) or k in NETWORKS}
-        load = partial(crafter_measure, metric, entries, args, state.device)
-        values = kept(out / metric, own, load, {"video_dir": str(folder), **flags}, state)
+        told = json.dumps([(k, entries[k]["prompt"], entries[k].get(attribute)) for k in own]).encode()
+        settings = {"video_dir": str(folder), "attributes": hashlib.sha256(told).hexdigest()[:16]}
+        settings |= {flag: getattr(args, flag) for flag in CRAFTER_FLAGS[metric]}
+        values = kept(
+            out / metric, own, partial(crafter_measure, metric, entries, args, state.device), settings, state
+        )
         result["scores"] |= crafter_scores(metric, values, entries)
         result["counts"][metric] = len(own)
     if state.is_main_process:

@@ -68,6 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--scheduler", help="class name of a diffusers scheduler; the model's own if not given")
     add("--num_inference_steps", type=int, default=25)
     add("--guidance_scale", type=float, default=4.0)
+    add("--eta", type=float, help="noise of DDIM; VideoCrafter2's own sampling has 1, which needs --batch_size 1")
     add("--resolution", type=int, help="pixels; the model's native one if not given")
     add("--height", type=int, help="instead of --resolution, such as VideoCrafter2's 320 by 512")
     add("--width", type=int)
@@ -158,6 +159,8 @@ def main(args: argparse.Namespace) -> None:
     video, rows = backbones.entry_of(args.pretrained_model_name_or_path, args.revision).video, []
     if not video and (args.num_frames or args.fps):
         raise ValueError(f"--num_frames and --fps are for video models, {args.pretrained_model_name_or_path} is none")
+    if video and args.eta and args.batch_size != 1:
+        raise ValueError("--eta above 0 draws noise for each clip by itself: add --batch_size 1")
     for number in range(len(prompts) * per_prompt):
         prompt, image_index = prompts[number // per_prompt], number % per_prompt
         seed = args.seed + (image_index if args.same_seeds else number)
@@ -176,9 +179,13 @@ def main(args: argparse.Namespace) -> None:
     state.wait_for_everyone()
     mine = missing[state.process_index :: state.num_processes]
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    if not (args.height and args.width):
+        args.resolution = args.resolution or backbones.native_resolution(pipe)
     options |= {"height": args.height or args.resolution, "width": args.width or args.resolution}
+    options |= {"eta": args.eta} if args.eta is not None else {}
     options |= backbones.backbone_of(pipe).sampling(pipe) | {"output_type": "pil"}
     if video:
+        pipe.vae.enable_slicing()  # a frame at a time: all of a batch's would not fit
         options |= {"num_frames": args.num_frames} if args.num_frames else {}
         args.fps = pipe.unet.fps = args.fps or getattr(pipe.unet, "fps", 8)
     with folded, tqdm(total=len(mine), desc="pictures", disable=not state.is_main_process) as progress:

@@ -139,7 +139,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--max_num_frames", type=int, help="of a clip for video models; the model's own or 16 if not given")
     add("--frame_stride", type=int, default=1, help="take every so many frames of a clip")
     add("--fps", type=float, help="instead: take so many frames per second; VideoCrafter2 is told")
-    add("--center_crop", action="store_true", help="else a random crop")
+    add("--center_crop", action="store_true", help="and the middle of a clip; else a random crop, and a random part")
     add("--random_flip", action="store_true", help="spoils captions that say left or right")
     add("--image_interpolation_mode", default="lanczos", choices=[m.value for m in InterpolationMode])
     add("--proportion_empty_prompts", type=float, default=0.0, help="captions dropped (paper: not specified)")
@@ -204,6 +204,8 @@ def check_args(args: argparse.Namespace) -> None:
         least = {"max_validation_samples": 2, "max_grad_norm": 1e-12}.get(flag, 1)
         if getattr(args, flag) is not None and getattr(args, flag) < least:
             raise ValueError(f"--{flag} must be at least {least}, got {getattr(args, flag)}")
+    if args.fps is not None and (args.fps <= 0 or args.frame_stride != 1):
+        raise ValueError("--fps must be positive, and stands instead of --frame_stride: give one")
     if not 0 <= args.proportion_empty_prompts <= 1:
         raise ValueError(f"--proportion_empty_prompts must lie in 0..1, got {args.proportion_empty_prompts}")
     if args.streaming and args.cache_latents:
@@ -259,8 +261,9 @@ def validation_losses(
     process = experts.backbone.process(experts.pipe)
     model = accelerator.unwrap_model(model)  # processes may have unequal numbers of batches
     mine = list(range(accelerator.process_index, len(rows), accelerator.num_processes))
-    starts = range(0, len(mine), VALIDATION_BATCH)
-    keys = [[(k, "validation", interval, k) for k in mine[start : start + VALIDATION_BATCH]] for start in starts]
+    size = args.train_batch_size if args.video else VALIDATION_BATCH  # clips are large
+    starts = range(0, len(mine), size)
+    keys = [[(k, "validation", interval, k) for k in mine[start : start + size]] for start in starts]
     losses = torch.zeros(len(rows), device=accelerator.device)
     dataset = data.Pictures(rows, args, data.latent_shape(experts.pipe, args), augment=False, cache=cache)
     for chunk, batch in zip(keys, data.loader(dataset, keys, args)):
@@ -327,6 +330,9 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator):
             f"--train_text_encoder: there are no experts for the text encoders of a {type(pipe).__name__}"
         )
     if args.video:
+        if args.compile or args.channels_last:
+            raise ValueError("--compile and --channels_last are not for video models: drop them")
+        pipe.vae.enable_slicing()  # a frame at a time: all of a batch's would not fit
         args.max_num_frames = args.max_num_frames or denoiser.config.get("num_frames", 16)
         denoiser.fps = args.fps or getattr(denoiser, "fps", None)
     if args.load_in_4bit:
@@ -771,7 +777,7 @@ def draw(pipe, prompts: list[str], args: argparse.Namespace) -> list[Image.Image
         output_type="pil",
         **options,
     )[0]
-    larger = max(1, 128 // width)
+    larger = -(-128 // width)
     images = [data.film_strip(clip) for clip in images] if args.video else images
     return [image.resize((image.width * larger, image.height * larger), Image.Resampling.NEAREST) for image in images]
 

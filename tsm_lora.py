@@ -483,6 +483,10 @@ def _read(pipe, folders: list[tuple[Path, bool]], router: Router | None, scale=1
         for _, files, gated in sets
     ]
     experts = Experts(pipe, backbone, targets, banks, None, scale, router)
+    denoiser = experts.components[backbone.denoiser]
+    if facts.get("fps") and hasattr(denoiser, "fps"):
+        experts._before.append((denoiser, "fps", denoiser.fps))
+        denoiser.fps = facts["fps"]
     try:
         if check_base and not experts.same_base(facts["base_fingerprint"]):
             raise ValueError(
@@ -873,6 +877,7 @@ class Experts:
             "T": T,
             "targets": self.targets,
             "prediction_type": self.pipe.scheduler.config.get("prediction_type"),
+            "fps": getattr(self.components[self.backbone.denoiser], "fps", None),  # that VideoCrafter2 was told
         }
 
     def read_expert(self, slot: int, path: Path, bank: int = 0) -> None:

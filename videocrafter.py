@@ -128,9 +128,9 @@ class VideoCrafterDDIMScheduler(DDIMScheduler):
         scale = scale.view(*scale.shape, *[1] * (original_samples.ndim - scale.ndim))
         return super().add_noise(scale * original_samples, noise, timesteps)
 
-    def step(self, model_output, timestep, sample, eta=0.0, return_dict=True, **options):
+    def step(self, model_output, timestep, sample, eta=0.0, generator=None, return_dict=True):
         """The stock step takes s_t x0 for x0: put s_t' x0 in its place at the earlier timestep t'."""
-        stock = super().step(model_output, timestep, sample, eta, **options)
+        stock = super().step(model_output, timestep, sample, eta, generator=generator)
         before = max(0, timestep - self.config.num_train_timesteps // self.num_inference_steps)
         scale, scale_before = self.signal_scale[timestep].to(sample), self.signal_scale[before].to(sample)
         x0 = stock.pred_original_sample / scale
@@ -166,4 +166,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import videocrafter
+
+    videocrafter.main()  # classes of __main__ could not be found again

@@ -387,7 +387,13 @@ def test_command_wrong_input(videos):
         evaluate.evaluate_evalcrafter(command(videos, "--metrics", "color"))
     evaluate.evaluate_evalcrafter(command(videos, "--metrics", "is"))
     with pytest.raises(ValueError, match="was measured with"):
-        evaluate.evaluate_evalcrafter(command(videos, "--metrics", "is", "--detector", "another"))
+        (videos / "metadata.json").write_text((videos / "metadata.json").read_text().replace("bear", "cat"))
+        evaluate.evaluate_evalcrafter(command(videos, "--metrics", "is"))
+    (videos / "metadata.json").write_text((videos / "metadata.json").read_text().replace("cat", "bear"))
+    (videos / "metadata.jsonl").write_text(json.dumps({"file_name": "samples/0001.mp4", "text": "a car"}) + "\n")
+    with pytest.raises(ValueError, match="0001.mp4 was made for 'a car', .* says 'a bear'"):
+        evaluate.evaluate_evalcrafter(command(videos, "--metrics", "is"))
+    (videos / "metadata.jsonl").unlink()
     (videos / "videos" / "0001.mp4").write_bytes(b"no clip")
     with pytest.raises(ValueError, match="0001.mp4 is no clip"):
         evaluate.evaluate_evalcrafter(command(videos, "--metrics", "is"))

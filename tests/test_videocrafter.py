@@ -3,13 +3,17 @@
 import json
 import math
 import shutil
-from itertools import combinations
+import subprocess
+import sys
+from itertools import combinations, islice
+from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import assert_identical, delta, tiny_video
+from conftest import assert_identical, delta, environment, tiny_video
 from diffusers import DiffusionPipeline, UNet3DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -24,6 +28,7 @@ from backbones import T, Weighting
 from tsm_lora import attach_experts, load_experts
 from videocrafter import UNet3DVideoCrafterConditionModel, VideoCrafterDDIMScheduler
 
+ROOT = Path(train_foster.__file__).parent
 PROMPTS, FRAMES, STEPS, N = ["a red circle", "b"], 3, 6, 8
 
 
@@ -350,3 +355,73 @@ def test_scripts_take_video(clips, tmp_path):
         seen[name] = np.stack([np.asarray(f) for f in data.read_clip(tmp_path / name / "samples" / "0000.mp4")])
         assert seen[name].shape == (4, 16, 16, 3) and (tmp_path / name / "grid.png").exists()
     assert all((seen[a] != seen[b]).any() for a, b in combinations(seen, 2))
+
+
+def test_a_new_process_loads_the_joined_model(clips, tmp_path):
+    """The README's join command, then sampling, by processes that know only what the scripts import."""
+    for command in (
+        ["videocrafter.py", "--unet", clips / "model" / "unet", "--components", clips / "model", "--fps", 12],
+        ["sample.py", "--pretrained_model_name_or_path", tmp_path / "joined", "--prompt", "a", "--num_frames", 2],
+    ):
+        out = tmp_path / ("joined" if command[0] == "videocrafter.py" else "pictures")
+        more = [] if command[0] == "videocrafter.py" else ["--num_inference_steps", 2, "--eta", 1, "--batch_size", 1]
+        line = [sys.executable, *map(str, [*command, *more, "--output_dir", out])]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment())
+        assert done.returncode == 0, done.stderr
+    assert DiffusionPipeline.from_pretrained(tmp_path / "joined").unet.fps == 12
+    assert len(data.read_clip(tmp_path / "pictures" / "samples" / "0000.mp4")) == 2
+
+
+def test_noise_of_ddim_follows_the_seed():
+    pipe = tiny_video()
+
+    def sample(seed):
+        call = {"num_inference_steps": 3, "num_frames": 2, "height": 16, "width": 16, "eta": 1.0}
+        return pipe("a", generator=torch.Generator().manual_seed(seed), output_type="latent", **call)[0]
+
+    assert torch.equal(sample(0), sample(0)) and not torch.equal(sample(0), sample(1))
+
+
+def test_experts_remember_their_frame_rate(tmp_path):
+    pipe = tiny_video()
+    pipe.unet.fps = 8
+    experts = attach_experts(pipe, 1, rank=1)
+    experts.save_expert(0, tmp_path / "interval-000.safetensors")
+    other = tiny_video()
+    experts = load_experts(other, tmp_path)
+    assert other.unet.fps == 8
+    experts.unload()
+    assert other.unet.fps == 28
+
+
+def test_frame_rates_that_do_not_fit(clips):
+    args = settings(clips / "clips", "--max_num_frames", 4, "--fps", 9)
+    row = data.load_rows(clips / "clips", args)[0]
+    with pytest.raises(ValueError, match="has 8 frames per second, fewer than --fps 9"):
+        data.open_clip(row["video"], "x", args, 0.0)
+    for wrong in (["--fps", "0"], ["--fps", "4", "--frame_stride", "2"]):
+        with pytest.raises(ValueError, match="instead of --frame_stride"):
+            train_foster.parse_args(wrong)
+
+
+def test_clip_that_states_more_frames_than_it_shows(clips, monkeypatch):
+    """As an edit list leaves it: the frames that there are serve, at any start."""
+    args = settings(clips / "clips", "--max_num_frames", 4)
+    row, original = data.load_rows(clips / "clips", args)[0], av.open
+
+    class Short:
+        def __init__(self, container):
+            self.container, self.streams, self.seek = container, container.streams, container.seek
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.container.close()
+
+        def decode(self, stream):
+            return islice(self.container.decode(stream), 6)
+
+    monkeypatch.setattr(data.av, "open", lambda path: Short(original(path)))
+    levels = [image.getpixel((3, 3))[0] / 20 for image in data.open_clip(row["video"], "x", args, 0.99)]
+    assert levels == pytest.approx([2, 3, 4, 5], abs=0.1)
