@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import backbones  # noqa: E402
 import tsm_lora  # noqa: E402
 
 RANK = 4
@@ -113,7 +114,7 @@ def save_assembled(pipe, root: Path, folders: list[Path], name: str) -> Path:
 
 
 def peft_model(unet, adapters: int):
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(tsm_lora.ATTENTION))
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(backbones.ATTENTION))
     model = get_peft_model(unet, config, adapter_name="0")
     for k in range(1, adapters):
         model.add_adapter(str(k), config)

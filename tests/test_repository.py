@@ -1,5 +1,6 @@
 """What the repository promises about itself."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import environment
 
 import evaluate
 import export
@@ -84,3 +86,11 @@ def test_prompt_files_are_the_worlds():
         lines = (ROOT / "mini" / "prompts" / f"{split}.txt").read_text().splitlines()
         assert lines == [p for category in world.CATEGORIES for p in world.prompts(category, split)]
         assert len(lines) == count * len(world.CATEGORIES)
+
+
+def test_speed_benchmark_runs(tmp_path):
+    """One round on the mini model: every variant is built and timed."""
+    command = [sys.executable, ROOT / "benchmarks/speed.py", "--rounds", "1", "--output_file", tmp_path / "speed.json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert {"train", "sample"} <= json.loads((tmp_path / "speed.json").read_text()).keys()
