@@ -239,6 +239,11 @@ def open_picture(cell: dict, name: str) -> Image.Image:
         raise ValueError(f"{name} is no picture or is truncated ({error}); replace or remove it") from error
 
 
+def upright(frame: av.VideoFrame) -> Image.Image:
+    """As players show it: phones film sideways and note by how much to turn, counterclockwise in degrees."""
+    return frame.to_image().rotate(frame.rotation, expand=True) if frame.rotation else frame.to_image()
+
+
 def open_clip(cell: dict, name: str, args, start: float, total: int | None = None) -> list[Image.Image]:
     """--max_num_frames frames, every --frame_stride-th, or so many that --fps of them pass in a second; `start` in
     [0, 1] places them within the clip of `total` frames, which it states itself."""
@@ -262,7 +267,7 @@ def open_clip(cell: dict, name: str, args, start: float, total: int | None = Non
             container.seek(0)
             count = 0
             for count, frame in enumerate(container.decode(stream), 1):
-                pictures += [frame.to_image()] * (count - 1 in wanted)
+                pictures += [upright(frame)] * (count - 1 in wanted)
                 if count > wanted[-1]:
                     break
     except (av.FFmpegError, IndexError, OSError) as error:
@@ -289,7 +294,7 @@ def read_clip(path: Path) -> list[Image.Image]:
     """All frames. ValueError for a file that is no clip."""
     try:
         with av.open(str(path)) as container:
-            return [frame.to_image() for frame in container.decode(video=0)]
+            return [upright(frame) for frame in container.decode(video=0)]
     except (av.FFmpegError, IndexError, OSError) as error:
         raise ValueError(f"{path} is no clip or is truncated ({error}); make it again") from error
 

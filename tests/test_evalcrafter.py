@@ -2,11 +2,13 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_clip, tiny_tokenizer
+from conftest import environment, tiny_clip, tiny_tokenizer
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -357,10 +359,14 @@ def videos(tmp_path):
     return tmp_path
 
 
-def command(videos, *flags):
+def flags_of(videos, *flags):
     files = ["--metadata", videos / "metadata.json", "--inception_path", videos / "inception.pt"]
     files += ["--raft_path", videos / "raft.safetensors", "--output_dir", videos / "out"]
-    return evaluate.parse_args([str(flag) for flag in ("evalcrafter", videos / "videos", *files, *flags)])
+    return [str(flag) for flag in ("evalcrafter", videos / "videos", *files, *flags)]
+
+
+def command(videos, *flags):
+    return evaluate.parse_args(flags_of(videos, *flags))
 
 
 def test_command_measures_each_clip_once(videos, monkeypatch):
@@ -376,6 +382,15 @@ def test_command_measures_each_clip_once(videos, monkeypatch):
     monkeypatch.setattr(ec, "mean_flows", lambda *a: pytest.fail("all flows are there"))
     evaluate.evaluate_evalcrafter(command(videos, "--metrics", "is", "amplitude"))
     assert json.loads((videos / "out" / "result.json").read_text()) == result and len(seen) == 1
+
+
+def test_two_processes_measure_the_same(videos):
+    evaluate.evaluate_evalcrafter(command(videos, "--metrics", "is"))
+    one = json.loads((videos / "out" / "result.json").read_text())
+    argv = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", evaluate.__file__]
+    argv += flags_of(videos, "--metrics", "is", "--output_dir", videos / "two")
+    subprocess.run([sys.executable, *argv], env=environment(), check=True, capture_output=True)
+    assert json.loads((videos / "two" / "result.json").read_text()) == one
 
 
 def test_command_wrong_input(videos):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from itertools import combinations, islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -392,6 +393,15 @@ def test_experts_remember_their_frame_rate(tmp_path):
     assert other.unet.fps == 8
     experts.unload()
     assert other.unet.fps == 28
+
+
+def test_sideways_frames_are_turned():
+    """-90 is a quarter clockwise: what was left is on top."""
+    picture = Image.new("RGB", (8, 4), "black")
+    picture.paste("red", (0, 0, 2, 4))
+    turned = data.upright(SimpleNamespace(rotation=-90, to_image=lambda: picture))
+    assert turned.size == (4, 8) and turned.getpixel((2, 0)) == (255, 0, 0) != turned.getpixel((2, 7))
+    assert data.upright(SimpleNamespace(rotation=0, to_image=lambda: picture)) is picture
 
 
 def test_frame_rates_that_do_not_fit(clips):
