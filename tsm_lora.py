@@ -27,6 +27,7 @@ A (r, d_in) and B (d_out, r) the two factors of an expert; a bank is the experts
 together, m the number of contexts, W_r (m, d_in), E (T, m). Shapes stand at line ends where they change.
 """
 
+import bisect
 import functools
 import hashlib
 import inspect
@@ -106,7 +107,8 @@ class Bank:
     def slots(self) -> torch.Tensor:
         """(T,): the place in `indices` of the expert of each timestep, -1 where it is not here."""
         place = {i: k for k, i in enumerate(self.indices)}
-        return torch.tensor([place.get(i, -1) for i in interval_index(torch.arange(T), self.bounds).tolist()])
+        intervals = (bisect.bisect_right(self.bounds, t) - 1 for t in range(T))
+        return torch.tensor([place.get(i, -1) for i in intervals], device="cpu")
 
 
 @dataclass(frozen=True)
