@@ -21,13 +21,25 @@ import videocrafter  # noqa: F401, its classes must be known before a pipeline t
 T = 1000  # training timesteps of every supported model
 
 
+def interval_bounds(n: int) -> list[int]:
+    """The n + 1 boundaries of n equal intervals of {0 .. T-1}: interval i holds bounds[i] <= t < bounds[i + 1].
+
+    Where n does not divide T, a ceil rule counted from t = 1 would move a few boundary steps (paper: not specified).
+    Raises ValueError unless 1 <= n <= T.
+    """
+    if not 1 <= n <= T:
+        raise ValueError(f"the number of intervals must lie in 1..{T}, got {n}")
+    return [-(-i * T // n) for i in range(n + 1)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise: what a model family was trained to undo
 
 
 @dataclass(frozen=True)
 class Weighting:
-    """How training weights the noise levels; the default is Eq. 1 and 4 as they stand."""
+    """How training weights the noise levels. The default is Eq. 1 and 4 as they stand for diffusion models; for flow
+    models it is uniform before the scheduler's shift (paper: not specified)."""
 
     snr_gamma: float | None = None  # of diffusion models
     scheme: str = "none"  # of flow models, and its parameters; names and defaults as in diffusers
@@ -52,7 +64,7 @@ class Diffusion:
 
     def bounds(self, n: int) -> list[int]:
         """Boundaries of n intervals of equal probability: those of equal width, since t is uniform."""
-        return [-(-i * T // n) for i in range(n + 1)]
+        return interval_bounds(n)
 
     def draw_t(self, u: torch.Tensor, low: int, high: int) -> torch.Tensor:
         """Uniform integers of [low, high) from uniform u in [0, 1), Eq. 4."""

@@ -1,8 +1,8 @@
-"""FID, Patch-FID and CLIP score on COCO-2014 (Tables 3, 6 and 12), as DMD2 and GigaGAN measure them: 30,000 captions,
-every picture of val2014 as the reference.
+"""What FID and Patch-FID on COCO-2014 (Tables 3, 6 and 12) are made of, as DMD2 and GigaGAN measure them: the Frechet
+distance, and the pictures that Inception sees. No command runs the network yet.
 
-FID: crop the middle square, LANCZOS to 256, clean-fid's "clean" resize to 299, Inception features. Patch-FID: the
-middle 299x299 pixels as they are. CLIP score: the cosine of "A photo depicts <caption>" and the cropped picture.
+FID: crop the middle square, LANCZOS to 256, clean-fid's "clean" resize to 299. Patch-FID: the middle 299x299 pixels as
+they are.
 https://arxiv.org/abs/2405.14867 (DMD2), https://github.com/mingukkang/GigaGAN, https://arxiv.org/abs/2104.11222.
 """
 
@@ -10,8 +10,6 @@ from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image
-
-CLIP_PREFIX = "A photo depicts "
 
 
 class Moments:

@@ -15,7 +15,7 @@ same object (binding), and everything right (complex); mini/world.py has the exa
 width (t grows with noise), with the standard error of the paired difference. Both print a table and write JSON.
 
 `evalcrafter` reads 0000.mp4, 0001.mp4, ... and EvalCrafter's metadata.json (not bundled: it has no licence), and gives
-its six scores (evalcrafter.py) and the two that are corrected. Each clip's result is kept, so that a second start does
+its six scores (evalcrafter.py) and Color without its defects. Each clip's result is kept, so that a second start does
 what is missing, and several processes share the work. --metrics takes some of them; networks are loaded when needed,
 from hub ids, folders or, for Inception, RAFT and the action classifier, files.
 """

@@ -1,8 +1,9 @@
 """T2I-CompBench's scores of Tables 1, 4, 8, 10 and 11: Color, Shape, Texture, Spatial, Non-Spatial and Complex.
 
-The rules of https://github.com/Karine-Huang/T2I-CompBench (https://arxiv.org/abs/2307.06350): how answers,
-detections and similarities become a score. Scores lie in 0..1; the paper prints them times 100. A detection is
-(label, confidence, (x1, y1, x2, y2)), the likeliest first, in the 479x479 pixels that the official detector sees.
+The rules of https://github.com/Karine-Huang/T2I-CompBench (https://arxiv.org/abs/2307.06350): how answers, detections
+and similarities become a score; no command runs the networks that give them yet. Scores lie in 0..1; the paper prints
+them times 100. A detection is (label, confidence, (x1, y1, x2, y2)), the likeliest first, in the 479x479 pixels that
+the official detector sees.
 """
 
 import math

@@ -46,7 +46,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from backbones import T, backbone_of
+from backbones import T, backbone_of, interval_bounds
 
 FORMAT_VERSION = 1
 SHARED_FACTS = ("backbone", "targets", "prediction_type")  # equal in all experts that work together
@@ -59,17 +59,6 @@ PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Intervals
-
-
-def interval_bounds(n: int) -> list[int]:
-    """The n + 1 boundaries of n equal intervals of {0 .. T-1}: interval i holds bounds[i] <= t < bounds[i + 1].
-
-    Where n does not divide T, a ceil rule counted from t = 1 would move a few boundary steps (paper: not specified).
-    Raises ValueError unless 1 <= n <= T.
-    """
-    if not 1 <= n <= T:
-        raise ValueError(f"the number of intervals must lie in 1..{T}, got {n}")
-    return [-(-i * T // n) for i in range(n + 1)]
 
 
 def timestep_index(t: torch.Tensor | float) -> torch.Tensor:

@@ -7,8 +7,8 @@ the text encoder, VAE and schedule of its family into a folder that every script
     python videocrafter.py --unet adamdad/videocrafterv2_diffusers --components cerspense/zeroscope_v2_576w \
         --output_dir models/videocrafter2
 
-The stock TextToVideoSDPipeline of such a folder samples as VideoCrafter's own DDIM does (320x512 pixels, 16 frames,
-50 steps, eta 1, guidance 12; `pipe.unet.fps = 28` is its default).
+The stock TextToVideoSDPipeline of such a folder then samples by VideoCrafter's own DDIM, whose settings are 320x512
+pixels, 16 frames, 50 steps, eta 1, guidance 12 and 28 frames per second (`pipe.unet.fps`).
 """
 
 import argparse

@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+import tarfile
 from itertools import combinations, islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -289,6 +290,26 @@ def test_table_of_clips_as_openvid(clips, tmp_path):
     (tmp_path / "clips" / "3.mp4").unlink()
     with pytest.raises(ValueError, match="row 1 of the table .* there is no clip .*3.mp4"):
         data.load_rows(tmp_path / "clips", args)
+
+
+def test_shards_of_clips_stream(clips, tmp_path):
+    """Every clip with its caption, and the position after two batches leads on to the third."""
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for k in range(3 * shard, 3 * shard + 3):
+                (tmp_path / "caption.txt").write_text(f"clip {k}")
+                tar.add(clips / "clips" / f"{k}.mp4", f"{k}.mp4")
+                tar.add(tmp_path / "caption.txt", f"{k}.txt")
+    columns = ("--video_column", "mp4", "--caption_column", "txt", "--streaming", "--train_batch_size", 2)
+    args = settings(tmp_path, "--max_num_frames", 4, *columns)
+    rows = data.load_rows(tmp_path, args, streaming=True)
+    pictures = data.Pictures(rows, args, (4, 4, 8, 8), augment=True)
+    one = SimpleNamespace(process_index=0, num_processes=1)
+    batches = list(islice(data.training_loader(pictures, args, 0, 0, one, None), 3))
+    assert sorted(c for b in batches for c in b["caption"]) == [f"clip {k}" for k in range(6)]
+    assert batches[0]["pixels"].shape == (2, 4, 3, 16, 16)
+    resumed = next(iter(data.training_loader(pictures, args, 0, 2, one, batches[1]["position"])))
+    assert resumed["caption"] == batches[2]["caption"] and torch.equal(resumed["pixels"], batches[2]["pixels"])
 
 
 def test_wrong_clips(clips, tmp_path):
