@@ -226,12 +226,12 @@ def kept(folder: Path, paths: dict[str, Path], load: Callable, settings: dict, s
         if state.is_main_process:
             train_foster.write_json(store, settings)
 
-    def fresh(name):
+    def is_measured(name):
         array = folder / f"{name}.npy"
-        return not array.exists() or array.stat().st_mtime < paths[name].stat().st_mtime
+        return array.exists() and array.stat().st_mtime >= paths[name].stat().st_mtime
 
-    missing = [name for name in sorted(paths) if fresh(name)]
-    state.wait_for_everyone()
+    missing = [name for name in sorted(paths) if not is_measured(name)]
+    state.wait_for_everyone()  # before any process adds to what is there
     mine = missing[state.process_index :: state.num_processes]
     measure = load() if mine else None
     for name in tqdm(mine, desc=folder.name):
@@ -315,17 +315,17 @@ def crafter_measure(metric: str, entries: dict, args: argparse.Namespace, device
     return objects
 
 
-def crafter_scores(metric: str, kept: dict[str, np.ndarray], entries: dict) -> dict[str, float]:
+def crafter_scores(metric: str, measured: dict[str, np.ndarray], entries: dict) -> dict[str, float]:
     """The scores that a metric's measurements give, by name."""
     if metric == "is":
-        mean, deviation = evalcrafter.inception_score(torch.from_numpy(np.concatenate(list(kept.values()))))
+        mean, deviation = evalcrafter.inception_score(torch.from_numpy(np.concatenate(list(measured.values()))))
         return {"is": mean, "is_standard_deviation": deviation}
     if metric == "amplitude":
-        right = [evalcrafter.amplitude(flows) == entries[name]["amp"] for name, flows in kept.items()]
+        right = [evalcrafter.amplitude(flows) == entries[name]["amp"] for name, flows in measured.items()]
         return {"amplitude": float(np.mean(right))}
     if metric not in ("color", "count"):
-        return {metric: float(np.mean(list(kept.values())))}
-    pairs = [(rows, evalcrafter.attribute(entries[name][metric])[0]) for name, rows in kept.items()]
+        return {metric: float(np.mean(list(measured.values())))}
+    pairs = [(rows, evalcrafter.attribute(entries[name][metric])[0]) for name, rows in measured.items()]
     if metric == "count":
         return {"count": float(np.mean([evalcrafter.count_score(rows[:, 0], float(n)) for rows, n in pairs]))}
     official = [evalcrafter.color_score(rows[:, 1], color) for rows, color in pairs]
@@ -336,6 +336,9 @@ def crafter_scores(metric: str, kept: dict[str, np.ndarray], entries: dict) -> d
 def evaluate_evalcrafter(args: argparse.Namespace) -> None:
     state, out = PartialState(cpu=not torch.cuda.is_available()), Path(args.output_dir)
     folder = Path(args.video_dir) / "samples" if (Path(args.video_dir) / "samples").is_dir() else Path(args.video_dir)
+    for flag in ("metadata", "inception_path", "action_labels", "raft_path"):
+        if getattr(args, flag) is not None and not Path(getattr(args, flag)).is_file():
+            raise ValueError(f"--{flag} {getattr(args, flag)}: there is no such file")
     entries = json.loads(Path(args.metadata).read_text())
     entries = {key: entry | entry.get("attributes", {}) for key, entry in entries.items()}
     paths = {path.stem[:4]: path for path in sorted(folder.glob("*.mp4"))}
