@@ -217,14 +217,18 @@ def test_action_network():
     assert probabilities == pytest.approx(expected.numpy(), abs=1e-6) and probabilities.sum() == pytest.approx(1)
 
 
+def tiny_text_model(tokenizer):
+    text = tiny_clip(tokenizer).config.to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 8, "patch_size": 4}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+
+
 def test_text_similarities():
     """Padding does not count, and a text is like itself."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
-    text = tiny_clip(tokenizer).config.to_dict()
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision |= {"image_size": 8, "patch_size": 4}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    model = tiny_text_model(tokenizer)
     together = ec.text_similarities(model, tokenizer, ["abc", "run", "x"], "run")
     alone = [ec.text_similarities(model, tokenizer, [label], "run")[0] for label in ("abc", "run", "x")]
     assert together == pytest.approx(alone, abs=1e-5) and together[1] == pytest.approx(1, abs=1e-5)
@@ -246,14 +250,13 @@ def test_flow_network():
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
-def test_captions(monkeypatch):
-    """Five frames with red and blue exchanged reach BLIP-2, and its greedy words come back."""
+def tiny_blip():
+    torch.manual_seed(0)
     vocab = {word: k for k, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "<image>", *"abcdefgh"])}
     words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special, additional_special_tokens=["<image>"])
-    torch.manual_seed(0)
     text = {"model_type": "opt", "vocab_size": 13, "ffn_dim": 16, "word_embed_proj_dim": 16, **SMALL}
     text |= {"max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = Blip2Config(
@@ -265,20 +268,10 @@ def test_captions(monkeypatch):
     )
     model = Blip2ForConditionalGeneration(config).eval()
     pictures = BlipImageProcessor(size={"height": 16, "width": 16}, image_mean=[0, 0, 0], image_std=[1, 1, 1])
-    processor, seen = Blip2Processor(pictures, tokenizer, num_query_tokens=3), []
-    generate = model.generate
-    monkeypatch.setattr(model, "generate", lambda **inputs: seen.append(inputs) or generate(**inputs))
-    clip = np.zeros((17, 40, 50, 3), np.uint8)
-    clip[..., 0], clip[..., 2] = 200, np.arange(17)[:, None, None] * 10  # red, and blue that grows
-    captions = ec.blip_captions(model, processor, clip)
-    assert len(captions) == 5 and all(set(c.split()) <= set("abcdefgh") and len(c.split()) <= 20 for c in captions)
-    assert not seen[0]["do_sample"] and seen[0]["max_new_tokens"] == 20 and seen[0]["num_beams"] == 1
-    levels = seen[0]["pixel_values"].mean((2, 3)) * 255
-    assert levels[:, 2].tolist() == pytest.approx([200] * 5, abs=1)
-    assert levels[:, 0].tolist() == pytest.approx([0, 40, 80, 120, 160], abs=1)
+    return model, Blip2Processor(pictures, tokenizer, num_query_tokens=3)
 
 
-def test_boxes():
+def tiny_detector():
     torch.manual_seed(0)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?", "bear"]
     tokenizer = BertTokenizer(vocab={word: k for k, word in enumerate(words)})
@@ -298,8 +291,42 @@ def test_boxes():
         disable_custom_kernels=True,
     )
     detector = GroundingDinoForObjectDetection(config).eval()
-    pictures = GroundingDinoImageProcessor(size={"shortest_edge": 64, "longest_edge": 100})
-    processor, frame = GroundingDinoProcessor(pictures, tokenizer), noise_clip(1, 40, 60)[0]
+    pictures = GroundingDinoImageProcessor(size={"shortest_edge": 80, "longest_edge": 120})
+    return detector, GroundingDinoProcessor(pictures, tokenizer)
+
+
+def tiny_segmenter():
+    torch.manual_seed(0)
+    vision = {"image_size": 64, "patch_size": 16, "mlp_dim": 16, "output_channels": 16, "window_size": 2, **SMALL}
+    prompt = {"hidden_size": 16, "image_size": 64, "patch_size": 16, "image_embedding_size": 4}
+    decoder = {"mlp_dim": 16, "iou_head_hidden_dim": 16, **SMALL}
+    config = SamConfig(
+        vision_config={**vision, "global_attn_indexes": [0], "num_pos_feats": 8},
+        prompt_encoder_config={**prompt, "mask_input_channels": 4},
+        mask_decoder_config=decoder,
+    )
+    sam, size = SamModel(config).eval(), {"height": 64, "width": 64}
+    small = {"mask_size": {"longest_edge": 16}, "mask_pad_size": {"height": 16, "width": 16}}
+    return sam, SamProcessor(SamImageProcessor(size={"longest_edge": 64}, pad_size=size, **small))
+
+
+def test_captions(monkeypatch):
+    """Five frames with red and blue exchanged reach BLIP-2, and its greedy words come back."""
+    (model, processor), seen = tiny_blip(), []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **inputs: seen.append(inputs) or generate(**inputs))
+    clip = np.zeros((17, 40, 50, 3), np.uint8)
+    clip[..., 0], clip[..., 2] = 200, np.arange(17)[:, None, None] * 10  # red, and blue that grows
+    captions = ec.blip_captions(model, processor, clip)
+    assert len(captions) == 5 and all(set(c.split()) <= set("abcdefgh") and len(c.split()) <= 20 for c in captions)
+    assert not seen[0]["do_sample"] and seen[0]["max_new_tokens"] == 20 and seen[0]["num_beams"] == 1
+    levels = seen[0]["pixel_values"].mean((2, 3)) * 255
+    assert levels[:, 2].tolist() == pytest.approx([200] * 5, abs=1)
+    assert levels[:, 0].tolist() == pytest.approx([0, 40, 80, 120, 160], abs=1)
+
+
+def test_boxes():
+    (detector, processor), frame = tiny_detector(), noise_clip(1, 40, 60)[0]
     boxes = ec.detect_boxes(detector, processor, frame, "Bear")
     inputs = processor(images=frame, text="bear.", return_tensors="pt")
     with torch.no_grad():
@@ -312,18 +339,7 @@ def test_boxes():
 
 def test_masks():
     """Ids in the boxes' order, the later over the earlier, of the best mask refined by its own logits."""
-    torch.manual_seed(0)
-    vision = {"image_size": 64, "patch_size": 16, "mlp_dim": 16, "output_channels": 16, "window_size": 2, **SMALL}
-    prompt = {"hidden_size": 16, "image_size": 64, "patch_size": 16, "image_embedding_size": 4}
-    decoder = {"mlp_dim": 16, "iou_head_hidden_dim": 16, **SMALL}
-    config = SamConfig(
-        vision_config={**vision, "global_attn_indexes": [0], "num_pos_feats": 8},
-        prompt_encoder_config={**prompt, "mask_input_channels": 4},
-        mask_decoder_config=decoder,
-    )
-    sam, size = SamModel(config).eval(), {"height": 64, "width": 64}
-    small = {"mask_size": {"longest_edge": 16}, "mask_pad_size": {"height": 16, "width": 16}}
-    processor = SamProcessor(SamImageProcessor(size={"longest_edge": 64}, pad_size=size, **small))
+    sam, processor = tiny_segmenter()
     frame, boxes = noise_clip(1, 40, 60)[0], torch.tensor([[5.0, 5.0, 30.0, 30.0], [10.0, 2.0, 50.0, 30.0]])
     masks = []
     for box in boxes:
@@ -393,7 +409,34 @@ def test_two_processes_measure_the_same(videos):
     assert json.loads((videos / "two" / "result.json").read_text()) == one
 
 
+def test_command_loads_every_network(videos):
+    """From folders as a hub has them."""
+    entries = json.loads((videos / "metadata.json").read_text())
+    for entry in entries.values():
+        entry["attributes"] |= {"action": "run", "color": "red bear", "count": "3 bear"}
+    (videos / "metadata.json").write_text(json.dumps(entries))
+    tokenizer = tiny_tokenizer()
+    folders = {"caption_model": tiny_blip(), "detector": tiny_detector(), "segmenter": tiny_segmenter()}
+    folders["clip_model"] = tiny_text_model(tokenizer), tokenizer
+    for name, parts in folders.items():
+        for part in parts:
+            part.save_pretrained(videos / name)
+    model = VideoMAEForVideoClassification(VideoMAEConfig(num_hidden_layers=2, num_labels=3))
+    model.save_pretrained(videos / "action_model")
+    (videos / "labels.txt").write_text("run\njump\nsit\n")
+    flags = [part for name in (*folders, "action_model") for part in (f"--{name}", videos / name)]
+    flags += ["--action_labels", videos / "labels.txt", "--metrics", "action", "blip_bleu", "color", "count"]
+    evaluate.evaluate_evalcrafter(command(videos, *flags))
+    scores = json.loads((videos / "out" / "result.json").read_text())["scores"]
+    assert scores.keys() == {"action", "blip_bleu", "color", "color_corrected", "count"}
+    assert all(0 <= value <= 1 for value in scores.values()) and scores["action"] > 0
+    rows = np.load(videos / "out" / "count" / "0000.npy")
+    assert rows.shape == (1, 3)  # of 4 frames the first alone is looked at
+
+
 def test_command_wrong_input(videos):
+    with pytest.raises(ValueError, match="--inception_path nowhere.pt: there is no such file"):
+        evaluate.evaluate_evalcrafter(command(videos, "--inception_path", "nowhere.pt"))
     with pytest.raises(ValueError, match="the metric action needs --action_model and --action_labels"):
         entries = {"0000": {"prompt": "x", "action": "run"}, "0001": {"prompt": "x"}, "0002": {"prompt": "x"}}
         (videos / "other.json").write_text(json.dumps(entries))
