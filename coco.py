@@ -1,5 +1,5 @@
-"""What FID and Patch-FID on COCO-2014 (Tables 3, 6 and 12) are made of, as DMD2 and GigaGAN measure them: the Frechet
-distance, and the pictures that Inception sees. No command runs the network yet.
+"""FID, Patch-FID and CLIP score on COCO-2014 (Tables 3, 6 and 12), as DMD2 and GigaGAN measure them: the Frechet
+distance, the pictures that Inception sees, and its features.
 
 FID: crop the middle square, LANCZOS to 256, clean-fid's "clean" resize to 299. Patch-FID: the middle 299x299 pixels as
 they are.
@@ -9,7 +9,11 @@ https://arxiv.org/abs/2405.14867 (DMD2), https://github.com/mingukkang/GigaGAN, 
 from collections.abc import Iterable
 
 import numpy as np
+import torch
 from PIL import Image
+
+INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+CLIP_PREFIX = "A photo depicts "
 
 
 class Moments:
@@ -45,9 +49,11 @@ def moments(parts: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def frechet_distance(mean: np.ndarray, cov: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray) -> float:
-    """|m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)). The trace of the root is the sum of the roots of the
-    eigenvalues, which needs no matrix root (SciPy 1.18 took clean-fid's away)."""
-    roots = np.sqrt(np.linalg.eigvals(cov @ cov_2).real.clip(min=0)).sum()
+    """|m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)). With R R^T = S1, the trace of that root is the sum of the
+    roots of R^T S2 R's eigenvalues, all real, which needs no matrix root (SciPy 1.18 took clean-fid's away)."""
+    values, vectors = np.linalg.eigh(cov)
+    root = vectors * np.sqrt(values.clip(min=0))
+    roots = np.sqrt(np.linalg.eigvalsh(root.T @ cov_2 @ root).clip(min=0)).sum()
     return float(((mean - mean_2) ** 2).sum() + np.trace(cov) + np.trace(cov_2) - 2 * roots)
 
 
@@ -72,3 +78,11 @@ def clean_resize(image: Image.Image, size: int = 299) -> np.ndarray:
     channels = [Image.fromarray(channel.astype(np.float32)) for channel in np.moveaxis(np.asarray(image), -1, 0)]
     resized = [np.asarray(channel.resize((size, size), Image.Resampling.BICUBIC)) for channel in channels]
     return np.stack(resized, -1).clip(0, 255)
+
+
+@torch.no_grad()
+def inception_features(inception, image: Image.Image) -> np.ndarray:
+    """(2048,) float32 of a picture that fid_picture or patch_picture cut. `inception` is the TorchScript file of
+    INCEPTION_URL."""
+    pixels = torch.from_numpy(clean_resize(image)).movedim(-1, 0)[None].to(next(inception.parameters()).device)
+    return inception.layers((pixels - 128) / 128).flatten().cpu().numpy()

@@ -239,12 +239,16 @@ def attribute(text: str) -> tuple[str, str]:
 
 
 @torch.no_grad()
-def detect_boxes(detector, processor, frame: np.ndarray, noun: str) -> torch.Tensor:
-    """(k, 4) corners of what GroundingDINO takes for the noun with more than 0.6."""
+def detect(
+    detector, processor, frame: np.ndarray, noun: str, threshold: float = 0.6
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(k, 4) corners, in pixels, of what GroundingDINO takes for the noun with more than the threshold, and (k,) how
+    sure it is."""
     inputs = processor(images=frame, text=noun.lower() + ".", return_tensors="pt").to(detector.device)
-    options = {"threshold": 0.6, "text_threshold": 0.5, "target_sizes": [frame.shape[:2]]}
+    options = {"threshold": threshold, "text_threshold": 0.5, "target_sizes": [frame.shape[:2]]}
     outputs = detector(**inputs)
-    return processor.post_process_grounded_object_detection(outputs, inputs["input_ids"], **options)[0]["boxes"].cpu()
+    found = processor.post_process_grounded_object_detection(outputs, inputs["input_ids"], **options)[0]
+    return found["boxes"].cpu(), found["scores"].cpu()
 
 
 @torch.no_grad()

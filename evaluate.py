@@ -4,8 +4,11 @@
     python evaluate.py clips output/video-tsm                    # clips of sample.py, by the mini world's detectors
     python evaluate.py digits output/digits-tsm                  # by a classifier of handwritten digits
     python evaluate.py loss --experts output/foster-n8/experts-n8        # validation loss per timestep interval
-    python evaluate.py evalcrafter output/videos --metadata metadata.json --inception_path inception-2015-12-05.pt \
-        --action_model vit-base-p16_videomaev2.pth --action_labels label_map_k400.txt            # Tables 2 and 5
+    python evaluate.py t2i_compbench output/sd2 --complex_lists examples/dataset --paper "1: SD2"        # Table 1
+    python evaluate.py coco output/coco --reference val2014 --paper "12: PixArt-alpha"             # Tables 3, 6, 12
+    python evaluate.py evalcrafter output/videos --metadata metadata.json --action_labels label_map_k400.txt \
+        --action_model vit-base-p16_videomaev2.pth --paper "2: VC2"                                # Tables 2 and 5
+    python evaluate.py gors output/sd2-train/color --category color --output_dir output/gors/color   # training data
 
 `mini` reads the folders that sample.py wrote, each with samples/ and metadata.jsonl, and gives the share of pictures
 with the demanded colour, shape and texture present, the relation right (spatial), all named attributes on one and the
@@ -14,10 +17,19 @@ same object (binding), and everything right (complex); mini/world.py has the exa
 `loss` gives the diffusion loss on a validation folder at fixed t and noise, base beside experts, on intervals of equal
 width (t grows with noise), with the standard error of the paired difference. Both print a table and write JSON.
 
-`evalcrafter` reads 0000.mp4, 0001.mp4, ... and EvalCrafter's metadata.json (not bundled: it has no licence), and gives
-its six scores (evalcrafter.py) and Color without its defects. Each clip's result is kept, so that a second start does
-what is missing, and several processes share the work. --metrics takes some of them; networks are loaded when needed,
-from hub ids, folders or, for Inception, RAFT and the action classifier, files.
+`t2i_compbench` reads output/sd2/color/samples/, output/sd2/shape/samples/, ... of sample.py or of the official tool,
+and gives the six scores of t2i_compbench.py, and in each folder the official JSON. Spatial and Complex use
+output/sd2/spatial/detections.json (README.md says how the official UniDet writes it), else GroundingDINO, which the
+result calls a substitute. `coco` gives FID, Patch-FID and CLIP score (coco.py) against a folder of pictures; what it
+learned of that folder is stored as reference.npz, which --reference takes as well. `evalcrafter` reads 0000.mp4,
+0001.mp4, ... and EvalCrafter's metadata.json (not bundled: it has no licence), and gives its six scores
+(evalcrafter.py) and Color without its defects.
+
+These three keep what they measured of each picture or clip, so that a second start does what is missing, and several
+processes (accelerate launch) share the work. Networks are loaded when needed, from hub ids, folders or files. Each
+writes output_dir/result.json; --paper prints the numbers of a row of tables/paper.json beside, --chart draws both.
+
+`gors` turns scored pictures into training data with rewards, by GORS' thresholds (T2I-CompBench; paper 4.1).
 """
 
 import argparse
@@ -25,10 +37,14 @@ import hashlib
 import json
 import math
 import os
+import platform
+import shutil
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
 import torchvision
@@ -38,11 +54,14 @@ from PIL import Image, UnidentifiedImageError
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
+import coco
 import data
 import evalcrafter
+import t2i_compbench
 import train_foster
 import tsm_lora
 
+HERE = Path(__file__).resolve().parent
 SCORES = {
     "mini": ("colour", "shape", "texture", "spatial", "binding", "complex"),
     "clips": ("action", "speed", "colour", "count"),
@@ -56,6 +75,18 @@ CRAFTER_FLAGS = {  # what a metric's measurements depend on
     "color": ("detector", "segmenter"),
     "count": ("detector", "segmenter"),
 }
+MEASURES = {  # of T2I-CompBench's categories
+    **dict.fromkeys(("color", "shape", "texture"), ("blip",)),
+    **{"spatial": ("detection",), "non_spatial": ("clip",), "complex": ("blip", "detection", "clip")},
+}
+OFFICIAL = {  # where T2I-CompBench's tools leave their results, and evaluate.py mini its own
+    "blip": "annotation_blip",
+    "detection": "labels/annotation_obj_detection_2d",
+    "clip": "annotation_clip",
+    "complex": "annotation_3_in_1",
+    "mini": "annotation_mini",
+}
+UNSCALED = ("is", "is_standard_deviation", "fid", "patch_fid", "clip_score")  # others are printed times 100
 CRAFTER = {"is": None, "action": "action", "amplitude": "amp", "blip_bleu": None, "color": "color", "count": "count"}
 
 
@@ -67,11 +98,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         scores = commands.add_parser(command, help=f"scores of sampled {what}")
         scores.add_argument("image_dirs", nargs="+", help="folders that sample.py wrote")
         scores.add_argument("--output_file", default="output/scores.json")
+    bench = commands.add_parser("t2i_compbench", help="T2I-CompBench's scores, Tables 1, 2, 4, 7, 8, 10, 11 and 13")
+    bench.add_argument("image_dir", help="has a folder per category, each with samples/")
+    bench.add_argument("--categories", nargs="+", choices=MEASURES, default=list(MEASURES))
+    bench.add_argument("--spacy_model", default="en_core_web_sm", help="name of an installed model, or its folder")
+    bench.add_argument(
+        "--vqa_model",
+        default="Salesforce/blip-vqa-base",
+        help="hub id or folder, or the official model_base_vqa_capfilt_large.pth (480 instead of 384 pixels)",
+    )
+    bench.add_argument("--vqa_tokenizer", default="google-bert/bert-base-uncased", help="of a .pth")
+    bench.add_argument("--clip_model", default="openai/clip-vit-base-patch32")
+    bench.add_argument("--detector", default="IDEA-Research/grounding-dino-tiny", help="where no detections.json is")
+    bench.add_argument("--complex_lists", help="folder of complex_val_spatial.txt and complex_val_action.txt")
+    on_coco = commands.add_parser("coco", help="FID, Patch-FID and CLIP score, Tables 3, 6 and 12")
+    on_coco.add_argument("image_dir", help="folder that sample.py wrote, or any folder of pictures")
+    on_coco.add_argument("--reference", help="folder of real pictures, or a reference.npz that this command wrote")
+    on_coco.add_argument("--metrics", nargs="+", choices=("fid", "patch_fid", "clip_score"), default=["fid"])
+    on_coco.add_argument("--clip_model", default="laion/CLIP-ViT-g-14-laion2B-s12B-b42K")
+    gors = commands.add_parser("gors", help="training data of scored pictures")
+    gors.add_argument("image_dir", help="folder that sample.py wrote and that t2i_compbench or mini scored")
+    gors.add_argument("--category", choices=t2i_compbench.THRESHOLDS, required=True)
+    gors.add_argument("--num_images_per_prompt", type=int, help="as in sample.py's args.json if not given")
+    gors.add_argument("--output_dir", required=True, help="for train_foster.py --train_data_dir")
     crafter = commands.add_parser("evalcrafter", help="EvalCrafter's scores of clips, Tables 2 and 5")
     crafter.add_argument("video_dir", help="0000.mp4, ... or a folder that sample.py wrote")
     crafter.add_argument("--metadata", required=True, help="EvalCrafter's metadata.json")
     crafter.add_argument("--metrics", nargs="+", choices=CRAFTER, default=list(CRAFTER))
-    crafter.add_argument("--inception_path", help="TorchScript file inception-2015-12-05.pt")
     crafter.add_argument("--action_model", help="mmaction2's VideoMAE-v2 .pth, or a hub id or folder of transformers'")
     crafter.add_argument("--action_labels", help="names of its classes, a line each")
     crafter.add_argument("--clip_model", default="openai/clip-vit-base-patch32")
@@ -79,7 +132,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     crafter.add_argument("--caption_model", default="Salesforce/blip2-opt-2.7b")
     crafter.add_argument("--detector", default="IDEA-Research/grounding-dino-tiny")
     crafter.add_argument("--segmenter", default="facebook/sam-vit-base")
-    crafter.add_argument("--output_dir", default="output/evalcrafter", help="result.json, and what was measured")
+    for command in (on_coco, crafter):
+        command.add_argument(
+            "--inception_path",
+            default="/tmp/inception-2015-12-05.pt",
+            help="TorchScript file; the default is where clean-fid keeps it",
+        )
+    for name, command in (("t2i_compbench", bench), ("coco", on_coco), ("evalcrafter", crafter)):
+        command.add_argument("--output_dir", default=f"output/{name}", help="result.json, and what was measured")
+        command.add_argument("--paper", help="a row of tables/paper.json, such as '1: SD2 + TSM (Ours)'")
+        command.add_argument("--chart", help="picture file of the scores")
     loss = commands.add_parser("loss", help="validation loss per interval; takes train_foster.py's flags too")
     loss.add_argument("--experts", nargs="+", required=True, help="folders of experts")
     loss.add_argument("--num_intervals", type=int, default=8, help="intervals of the table, whatever the experts' own")
@@ -121,7 +183,7 @@ def read_picture(path: Path) -> Image.Image:
         return Image.open(path).convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise ValueError(
-            f"{path} is no picture or is truncated ({error}); delete it and run sample.py again"
+            f"{path} is no picture or is truncated ({error}); delete it, and make it again if it was sampled"
         ) from error
 
 
@@ -138,11 +200,15 @@ def mean_scores(folder: str | os.PathLike, command: str) -> dict:
     """Mean, standard error and count of each score over the pictures whose prompt asks for it."""
     score_of = scorer(command)
     values: dict[str, list[float]] = {name: [] for name in SCORES[command]}
+    means = []
     for path, prompt in tqdm(read_samples(folder), desc=str(folder)):
         score = score_of(data.read_clip(path) if command == "clips" else read_picture(path), prompt)
-        for name in SCORES[command]:
-            if score[name] is not None:
-                values[name].append(score[name])
+        asked = {name: score[name] for name in SCORES[command] if score[name] is not None}
+        for name, value in asked.items():
+            values[name].append(value)
+        means.append(sum(asked.values()) / len(asked))
+    if command == "mini":
+        write_official(Path(folder), "mini", means)
     return {
         name: dict(zip(("mean", "standard_error", "count"), (*mean_and_error(v), len(v)))) if v else None
         for name, v in values.items()
@@ -212,15 +278,15 @@ def evaluate_loss(args: argparse.Namespace) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# EvalCrafter
+# Measurements that are kept, and results
 
 
 def kept(folder: Path, paths: dict[str, Path], load: Callable, settings: dict, state: PartialState) -> dict:
-    """measure(name, path) of every file as an array, by name, where measure = load(). Only what `folder` does not keep
-    yet is measured, each process its share. ValueError where the folder holds measurements by other settings."""
+    """measure(name, path) of every file as a .npy file, by name, where measure = load(). Only what `folder` does not
+    keep yet is measured, each process its share. ValueError where the folder holds measurements by other settings."""
     store = folder / "settings.json"
     with state.main_process_first():
-        before = json.loads(store.read_text()) if store.exists() else settings
+        before = json.loads(store.read_text()) if any(folder.glob("*.npy")) else settings
         if before != settings:
             raise ValueError(f"{folder} was measured with {before}, not {settings}: choose another --output_dir")
         if state.is_main_process:
@@ -240,18 +306,378 @@ def kept(folder: Path, paths: dict[str, Path], load: Callable, settings: dict, s
             np.save(file, np.asarray(value))
         os.replace(folder / f"{name}.partial", folder / f"{name}.npy")
     state.wait_for_everyone()
-    return {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in sorted(paths)}
+    return {name: folder / f"{name}.npy" for name in sorted(paths)}
 
 
 def weights(path: str) -> dict:
     """Tensors of a .safetensors or .pth file; nothing else is ever unpickled."""
     loaded = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
-    return loaded.get("state_dict", loaded)
+    return loaded.get("state_dict", loaded.get("model", loaded))
+
+
+def load_inception(args: argparse.Namespace, device: torch.device):
+    if not Path(args.inception_path).is_file():
+        raise ValueError(
+            f"--inception_path {args.inception_path}: there is no such file; download {coco.INCEPTION_URL}"
+        )
+    return torch.jit.load(args.inception_path, map_location=device).eval()
+
+
+def digest(path: str | os.PathLike) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def write_official(folder: Path, kind: str, values: list[float], numbers: list[int] | None = None) -> None:
+    """vqa_result.json as T2I-CompBench's tools write it. UniDet's takes the numbers in the names for ids, the others
+    count; BLIP's answers are text."""
+    ids = numbers if kind == "detection" else range(len(values))
+    answers = [f"{value:.4f}" if kind == "blip" else value for value in values]
+    rows = [{"question_id": number, "answer": answer} for number, answer in zip(ids, answers)]
+    train_foster.write_json(folder / OFFICIAL[kind] / "vqa_result.json", rows)
+
+
+def paper_row(text: str | None) -> dict[str, float]:
+    """Scores of a row of tables/paper.json by its table and name, `1: SD2`."""
+    if text is None:
+        return {}
+    tables = json.loads((HERE / "tables/paper.json").read_text())
+    table, _, row = (part.strip() for part in text.partition(":"))
+    if table not in tables or table == "source":
+        raise ValueError(f"--paper {text!r}: give a table from 1 to 13 and a row of it, such as '1: SD2'")
+    if row not in tables[table]["rows"]:
+        raise ValueError(f"--paper {text!r}: table {table} has the rows {list(tables[table]['rows'])}")
+    return tables[table]["rows"][row]
+
+
+def write_result(args: argparse.Namespace, scores: dict, counts: dict, settings: dict, folders: list[Path]) -> None:
+    """Add scores to output_dir/result.json, or begin it anew for another source; print and draw them beside the
+    paper's. `settings` are those of each metric, `folders` those whose args.json say how they were sampled."""
+    source, path = getattr(args, "video_dir", None) or args.image_dir, Path(args.output_dir) / "result.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
+    if result.get("source") != source:
+        result = {"source": source, "scores": {}, "counts": {}, "settings": {}, "sampling": {}}
+    versions = {m.__name__: m.__version__ for m in (torch, torchvision, transformers, diffusers, np)}
+    result["versions"] = {"python": platform.python_version()} | versions
+    for name, values in (("scores", scores), ("counts", counts), ("settings", settings)):
+        result[name] |= values
+    sampling = {str(folder): folder / "args.json" for folder in folders}
+    result["sampling"] |= {k: json.loads(file.read_text()) for k, file in sampling.items() if file.exists()}
+    train_foster.write_json(path, result)
+    paper = paper_row(args.paper)
+    shown = {name: value * (1 if name in UNSCALED else 100) for name, value in result["scores"].items()}
+    print(f"\n{'':24s}{'here':>10s}" + (f"{'paper':>10s}   ({args.paper})" if paper else ""))
+    for name, value in shown.items():
+        print(f"{name:24s}{value:10.4f}" + (f"{paper[name]:10.4f}" if name in paper else ""))
+    if args.chart:
+        draw_chart(shown, paper, args)
+
+
+def draw_chart(scores: dict[str, float], paper: dict[str, float], args: argparse.Namespace) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(1.5 + len(scores), 3))
+    for k, (label, values) in enumerate((("here", scores), (args.paper, paper))):
+        if values:
+            bars = axis.bar([x + 0.4 * k for x in range(len(scores))], [values.get(n, 0) for n in scores], 0.4)
+            axis.bar_label(bars, [f"{values[n]:.2f}" if n in values else "" for n in scores], fontsize=7)
+            bars.set_label(label)
+    axis.set_xticks([x + 0.2 * bool(paper) for x in range(len(scores))], scores, fontsize=8)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(args.chart, dpi=150)
+    pyplot.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# T2I-CompBench
+
+
+def numbered_samples(folder: Path) -> list[tuple[int, Path, str]]:
+    """(number, picture, prompt) by number, of samples/<prompt>_<number>.png as sample.py and T2I-CompBench's own tool
+    name them. ValueError for other names."""
+    if (folder / "metadata.jsonl").is_file():
+        pairs = read_samples(folder)  # with the prompts whole
+    else:
+        pairs = [(path, path.stem.split("_")[0]) for path in (folder / "samples").glob("*.png")]
+    if not pairs:
+        raise ValueError(f"{folder / 'samples'} has no .png: run sample.py --output_dir {folder}")
+    if odd := [path.name for path, _ in pairs if not path.stem.rpartition("_")[-1].isdigit()]:
+        raise ValueError(f"{folder / 'samples'}: {odd[0]} is not called <prompt>_<number>.png")
+    rows = sorted((int(path.stem.rpartition("_")[-1]), path, text) for path, text in pairs)
+    if twice := [b.name for (i, _, _), (j, b, _) in zip(rows, rows[1:]) if i == j]:
+        raise ValueError(f"{folder / 'samples'}: {twice[0]} has the number of another picture")
+    return rows
+
+
+def load_spacy(name: str):
+    """The English model that splits prompts; the scores depend on it."""
+    import spacy
+
+    try:
+        nlp = spacy.load(name)
+    except OSError as error:
+        raise ValueError(
+            f"--spacy_model {name} is not there: `python -m spacy download en_core_web_sm`, or give the folder of an "
+            "unpacked wheel from https://github.com/explosion/spacy-models/releases (the official one is 3.5.0)"
+        ) from error
+    if not nlp.has_pipe("parser"):
+        raise ValueError(f"--spacy_model {name} has no parser, so it knows no noun phrases: use en_core_web_sm")
+    return nlp
+
+
+def bench_measure(kind: str, category: str, texts: dict, folder: Path, args: argparse.Namespace, device) -> Callable:
+    """(name, path) -> score of a picture of the category, by a network of T2I-CompBench."""
+    if kind == "clip":
+        model = transformers.CLIPModel.from_pretrained(args.clip_model).to(device).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.clip_model)
+        nlp = load_spacy(args.spacy_model) if category == "complex" else None
+
+        def clip(name, path):
+            text = t2i_compbench.without_adjectives(nlp(texts[name])) if nlp else texts[name]
+            return t2i_compbench.clip_similarity(model, tokenizer, read_picture(path), text)
+
+        return clip
+    nlp = load_spacy(args.spacy_model)
+    if kind == "blip":
+        if Path(args.vqa_model).is_file():
+            model = t2i_compbench.blip_of_weights(weights(args.vqa_model)).to(device)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(args.vqa_tokenizer)
+        else:
+            model = transformers.BlipForQuestionAnswering.from_pretrained(args.vqa_model).to(device).eval()
+            tokenizer = transformers.AutoTokenizer.from_pretrained(args.vqa_model)
+
+        def blip(name, path):
+            asked = t2i_compbench.questions([chunk.text for chunk in nlp(texts[name]).noun_chunks])
+            answers = t2i_compbench.blip_probabilities(model, tokenizer, read_picture(path), asked)
+            return t2i_compbench.attribute_score(answers)
+
+        return blip
+    nouns_of = t2i_compbench.complex_nouns if category == "complex" else t2i_compbench.spatial_nouns
+    stored = json.loads((folder / "detections.json").read_text()) if (folder / "detections.json").exists() else None
+    if stored is None:
+        detector = transformers.GroundingDinoForObjectDetection.from_pretrained(args.detector).to(device).eval()
+        processor = transformers.AutoProcessor.from_pretrained(args.detector)
+
+    def spatial(name, path):
+        nouns = nouns_of(nlp(texts[name]))
+        if nouns is None:
+            found = []
+        elif stored is None:
+            found = t2i_compbench.detections(detector, processor, read_picture(path), nouns)
+        elif path.name in stored:
+            found = stored[path.name]
+        else:
+            raise ValueError(f"{folder / 'detections.json'} lacks {path.name}: detect the objects of all pictures")
+        return t2i_compbench.spatial_score(texts[name], nouns, found)
+
+    return spatial
+
+
+def bench_settings(kind: str, category: str, folder: Path, texts: dict, args: argparse.Namespace) -> dict:
+    """What a measurement depends on."""
+    flags = {"blip": ("spacy_model", "vqa_model"), "clip": ("clip_model",), "detection": ("spacy_model",)}[kind]
+    flags += ("spacy_model",) if category == "complex" and kind == "clip" else ()
+    settings = {flag: getattr(args, flag) for flag in flags}
+    if kind == "detection" and (folder / "detections.json").exists():
+        settings["detections.json"] = digest(folder / "detections.json")
+    elif kind == "detection":
+        settings["detector"] = f"{args.detector} in place of UniDet: not comparable with published numbers"
+    prompts = json.dumps(texts).encode()
+    return settings | {"image_dir": str(folder), "prompts": hashlib.sha256(prompts).hexdigest()[:16]}
+
+
+def evaluate_t2i_compbench(args: argparse.Namespace) -> None:
+    state, out = PartialState(cpu=not torch.cuda.is_available()), Path(args.output_dir)
+    paper_row(args.paper)  # a wrong one is told before the work
+    lists = {}
+    if "complex" in args.categories:
+        for name in ("spatial", "action"):
+            file = Path(args.complex_lists or "") / f"complex_val_{name}.txt"
+            if args.complex_lists is None or not file.is_file():
+                raise ValueError(f"Complex needs {file.name}: --complex_lists examples/dataset of T2I-CompBench")
+            lists[name] = {t2i_compbench.prompt_key(line) for line in file.read_text(encoding="utf-8").splitlines()}
+    folders = {category: Path(args.image_dir) / category for category in args.categories}
+    samples = {category: numbered_samples(folder) for category, folder in folders.items()}
+    scores, counts, settings = {}, {}, {}
+    for category, folder in folders.items():
+        paths = {f"{number:06d}": path for number, path, _ in samples[category]}
+        texts = {f"{number:06d}": text for number, _, text in samples[category]}
+        values = {}
+        for kind in MEASURES[category]:
+            own = bench_settings(kind, category, folder, texts, args)
+            load = partial(bench_measure, kind, category, texts, folder, args, state.device)
+            files = kept(out / category / kind, paths, load, own, state)
+            values[kind] = [float(np.load(file)) for file in files.values()]
+            settings[category] = settings.get(category, {}) | own
+            if state.is_main_process:
+                write_official(folder, kind, values[kind], [int(name) for name in files])
+        final = values[MEASURES[category][0]]
+        if category == "complex":
+            rows = zip(texts.values(), *(values[kind] for kind in ("blip", "detection", "clip")))
+            final = [t2i_compbench.complex_score(*row, lists) for row in rows]
+            if state.is_main_process:
+                write_official(folder, "complex", final)
+        scores[category], counts[category] = sum(final) / len(final), len(final)
+    if state.is_main_process:
+        write_result(args, scores, counts, settings, list(folders.values()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# COCO
+
+
+def pictures_in(folder: Path) -> dict[str, Path]:
+    """What sample.py wrote, or every picture below a folder, by a name of its own."""
+    if (folder / "metadata.jsonl").is_file():
+        return {path.name: path for path, _ in read_samples(folder)}
+    known = Image.registered_extensions()
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)
+    if not files:
+        raise ValueError(f"{folder}: no pictures there")
+    return {str(path.relative_to(folder)).replace(os.sep, "__"): path for path in files}
+
+
+def stacked(files: list[Path], size: int = 512):
+    """Their arrays, `size` at a time."""
+    for k in range(0, len(files), size):
+        yield np.stack([np.load(file) for file in files[k : k + size]])
+
+
+def reference_moments(metric: str, measured: Callable, args: argparse.Namespace, state: PartialState) -> tuple:
+    """Mean and covariance of the reference's features, measured once and stored in output_dir/reference.npz."""
+    inception, reference = digest(args.inception_path), Path(args.reference)
+    stored = reference if reference.is_file() else Path(args.output_dir) / "reference.npz"
+    known = dict(np.load(stored, allow_pickle=False)) if stored.exists() else {}
+    if reference.is_dir():
+        paths = pictures_in(reference)
+        origin = f"{reference}: {len(paths)} pictures, newest {max(p.stat().st_mtime for p in paths.values())}"
+        if str(known.get("reference")) != origin or str(known.get("inception")) != inception:
+            known = {}
+        if f"{metric}_mean" not in known:
+            files = measured(f"reference_{metric}", paths)
+            mean, cov = coco.moments(stacked(list(files.values())))
+            known |= {f"{metric}_mean": mean, f"{metric}_cov": cov, "reference": origin, "inception": inception}
+            if state.is_main_process:
+                partial_file = stored.with_name("reference.partial.npz")
+                np.savez(partial_file, **known)
+                os.replace(partial_file, stored)
+    if str(known.get("inception")) != inception:
+        raise ValueError(f"{reference} was measured with another network than {args.inception_path}")
+    if f"{metric}_mean" not in known:
+        raise ValueError(f"{reference} has no {metric}: measure it on the folder of pictures, --metrics {metric}")
+    return known[f"{metric}_mean"], known[f"{metric}_cov"]
+
+
+def evaluate_coco(args: argparse.Namespace) -> None:
+    state, out, folder = PartialState(cpu=not torch.cuda.is_available()), Path(args.output_dir), Path(args.image_dir)
+    paper_row(args.paper)  # a wrong one is told before the work
+    frechet = [metric for metric in args.metrics if metric != "clip_score"]
+    if frechet and (args.reference is None or not Path(args.reference).exists()):
+        raise ValueError(f"{frechet[0]} needs --reference, val2014 or a reference.npz; got {args.reference}")
+    if "clip_score" in args.metrics and not (folder / "metadata.jsonl").is_file():
+        raise ValueError(f"the CLIP score needs captions: {folder} has no metadata.jsonl of sample.py")
+    if frechet:
+        load_inception(args, state.device)  # a missing one is told before the work
+    scores, settings, paths = {}, {}, pictures_in(folder)
+
+    def measured(metric, name, pictures):
+        cut = {"fid": coco.fid_picture, "patch_fid": coco.patch_picture}[metric]
+
+        def load():
+            inception = load_inception(args, state.device)
+            return lambda name, path: coco.inception_features(inception, cut(read_picture(path)))
+
+        source = args.reference if name.startswith("reference") else str(folder)
+        return kept(out / name, pictures, load, {"image_dir": source, "inception": digest(args.inception_path)}, state)
+
+    for metric in frechet:
+        reference = reference_moments(metric, partial(measured, metric), args, state)
+        files = measured(metric, metric, paths)
+        if state.is_main_process:
+            scores[metric] = coco.frechet_distance(*coco.moments(stacked(list(files.values()))), *reference)
+        settings[metric] = {"reference": args.reference, "inception": digest(args.inception_path)}
+    if "clip_score" in args.metrics:
+        texts = {path.name: text for path, text in read_samples(folder)}
+
+        def load():
+            model = transformers.CLIPModel.from_pretrained(args.clip_model).to(state.device).eval()
+            tokenizer = transformers.AutoTokenizer.from_pretrained(args.clip_model)
+
+            def similarity(name, path):
+                picture, text = coco.fid_picture(read_picture(path)), coco.CLIP_PREFIX + texts[name]
+                return t2i_compbench.clip_similarity(model, tokenizer, picture, text)
+
+            return similarity
+
+        settings["clip_score"] = {"image_dir": str(folder), "clip_model": args.clip_model}
+        files = kept(out / "clip_score", paths, load, settings["clip_score"], state)
+        scores["clip_score"] = float(np.mean([np.load(file) for file in files.values()]))
+    if state.is_main_process:
+        write_result(args, scores, dict.fromkeys(scores, len(paths)), settings, [folder])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GORS
+
+
+def evaluate_gors(args: argparse.Namespace) -> None:
+    """A folder for train_foster.py --train_data_dir ... --reward_column reward."""
+    folder, out = Path(args.image_dir), Path(args.output_dir)
+    kind = {"mini": "mini", "complex": "complex"}.get(args.category) or MEASURES[args.category][0]
+    file = folder / OFFICIAL[kind] / "vqa_result.json"
+    if out.exists():
+        raise ValueError(f"{out} exists: choose another --output_dir")
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} is not scored, {file} is missing: run evaluate.py t2i_compbench or mini on it first"
+        )
+    rows, answers = numbered_samples(folder), json.loads(file.read_text())
+    if len(rows) != len(answers):
+        raise ValueError(f"{file} has {len(answers)} answers for {len(rows)} pictures: score the folder again")
+    if args.num_images_per_prompt is None:
+        if not (folder / "args.json").exists():
+            raise ValueError(
+                f"{folder} has no args.json of sample.py: say --num_images_per_prompt, T2I-CompBench's 90"
+            )
+        args.num_images_per_prompt = json.loads((folder / "args.json").read_text())["num_images_per_prompt"]
+    first = {}  # line of each prompt; one that comes twice counts as at its first line, officially
+    for number, _, text in rows:
+        first.setdefault(text, number // args.num_images_per_prompt)
+    scale = 2.5 if args.category == "non_spatial" else 1
+    rewards = [scale * float(row["answer"]) for row in answers]
+    chosen = [
+        {"file_name": path.name, "text": text, "reward": reward, "path": path}
+        for (_, path, text), reward in zip(rows, rewards)
+        if t2i_compbench.keep_reward(args.category, first[text], reward)
+    ]
+    thresholds = t2i_compbench.THRESHOLDS[args.category]
+    if not chosen:
+        raise ValueError(f"no reward is above {thresholds}, the largest is {max(rewards):.4f}: nothing to train on")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    draft.chmod(0o755)
+    for row in chosen:
+        path = row.pop("path")
+        try:
+            os.link(path, draft / path.name)  # 63,000 pictures a category: not twice on the disk
+        except OSError:
+            shutil.copyfile(path, draft / path.name)
+    (draft / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    os.rename(draft, out)
+    print(f"{out}: {len(chosen)} of {len(rows)} pictures, with a reward above {thresholds[0]} for the prompts of a")
+    print(f"template and {thresholds[1]} for others; mean reward {np.mean([row['reward'] for row in chosen]):.4f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# EvalCrafter
 
 
 def crafter_measure(metric: str, entries: dict, args: argparse.Namespace, device: torch.device) -> Callable:
     """(name, path) -> what the metric's network makes of a clip. ValueError where a network's file is not named."""
-    needed = {"is": ("inception_path",), "action": ("action_model", "action_labels")}.get(metric, ())
+    needed = {"action": ("action_model", "action_labels")}.get(metric, ())
     if missing := [f"--{flag}" for flag in needed if getattr(args, flag) is None]:
         raise ValueError(f"the metric {metric} needs {' and '.join(missing)}: it cannot be downloaded by itself")
 
@@ -259,7 +685,7 @@ def crafter_measure(metric: str, entries: dict, args: argparse.Namespace, device
         return np.stack([np.asarray(frame) for frame in data.read_clip(path)])
 
     if metric == "is":
-        inception = torch.jit.load(args.inception_path, map_location=device).eval()
+        inception = load_inception(args, device)
         return lambda name, path: evalcrafter.inception_probabilities(inception, frames(path)).numpy()
     if metric == "action":
         labels = Path(args.action_labels).read_text().splitlines()
@@ -306,7 +732,7 @@ def crafter_measure(metric: str, entries: dict, args: argparse.Namespace, device
         """Per sampled frame the number of objects, and their mean hue by the official and by the corrected rule."""
         (_, noun), clip, rows = evalcrafter.attribute(entries[name][CRAFTER[metric]]), frames(path), []
         for frame in clip[evalcrafter.attribute_frames(len(clip))]:
-            boxes = evalcrafter.detect_boxes(detector, find, frame, noun)
+            boxes, _ = evalcrafter.detect(detector, find, frame, noun)
             ids = evalcrafter.object_ids(boxes, segmenter, cut, frame)
             hues = (evalcrafter.mean_hue(frame, ids, corrected) for corrected in (False, True))
             rows.append([len(np.unique(ids[ids > 0])), *hues])
@@ -336,7 +762,10 @@ def crafter_scores(metric: str, measured: dict[str, np.ndarray], entries: dict) 
 def evaluate_evalcrafter(args: argparse.Namespace) -> None:
     state, out = PartialState(cpu=not torch.cuda.is_available()), Path(args.output_dir)
     folder = Path(args.video_dir) / "samples" if (Path(args.video_dir) / "samples").is_dir() else Path(args.video_dir)
-    for flag in ("metadata", "inception_path", "action_labels", "raft_path"):
+    paper_row(args.paper)
+    if "is" in args.metrics:
+        load_inception(args, state.device)
+    for flag in ("metadata", "action_labels", "raft_path"):
         if getattr(args, flag) is not None and not Path(getattr(args, flag)).is_file():
             raise ValueError(f"--{flag} {getattr(args, flag)}: there is no such file")
     entries = json.loads(Path(args.metadata).read_text())
@@ -349,10 +778,7 @@ def evaluate_evalcrafter(args: argparse.Namespace) -> None:
         for name, text in ((Path(line["file_name"]).stem, line["text"]) for line in lines):
             if name in paths and text != entries[name]["prompt"].strip():
                 raise ValueError(f"{name}.mp4 was made for {text!r}, {args.metadata} says {entries[name]['prompt']!r}")
-    result = {"video_dir": str(folder), "scores": {}, "counts": {}}
-    if (out / "result.json").exists():  # of other metrics
-        before = json.loads((out / "result.json").read_text())
-        result = before if before["video_dir"] == str(folder) else result
+    scores, counts, used = {}, {}, {}
     for metric in args.metrics:
         attribute = CRAFTER[metric]
         own = {k: p for k, p in paths.items() if attribute is None or entries[k].get(attribute)}
@@ -361,18 +787,17 @@ def evaluate_evalcrafter(args: argparse.Namespace) -> None:
         told = json.dumps([(k, entries[k]["prompt"], entries[k].get(attribute)) for k in own]).encode()
         settings = {"video_dir": str(folder), "attributes": hashlib.sha256(told).hexdigest()[:16]}
         settings |= {flag: getattr(args, flag) for flag in CRAFTER_FLAGS[metric]}
-        values = kept(
-            out / metric, own, partial(crafter_measure, metric, entries, args, state.device), settings, state
-        )
-        result["scores"] |= crafter_scores(metric, values, entries)
-        result["counts"][metric] = len(own)
+        load = partial(crafter_measure, metric, entries, args, state.device)
+        files = kept(out / metric, own, load, settings, state)
+        values = {name: np.load(file) for name, file in files.items()}
+        scores |= crafter_scores(metric, values, entries)
+        counts[metric], used[metric] = len(own), settings
     if state.is_main_process:
-        train_foster.write_json(out / "result.json", result)
-        for name, value in result["scores"].items():
-            print(f"{name:24s} {value if name.startswith('is') else 100 * value:8.2f}")
+        write_result(args, scores, counts, used, [folder.parent])
 
 
 if __name__ == "__main__":
     arguments = parse_args()
-    run = {"loss": evaluate_loss, "evalcrafter": evaluate_evalcrafter}.get(arguments.command, evaluate_pictures)
-    run(arguments)
+    commands = {"loss": evaluate_loss, "t2i_compbench": evaluate_t2i_compbench, "coco": evaluate_coco}
+    commands |= {"gors": evaluate_gors, "evalcrafter": evaluate_evalcrafter}
+    commands.get(arguments.command, evaluate_pictures)(arguments)

@@ -327,7 +327,7 @@ def test_captions(monkeypatch):
 
 def test_boxes():
     (detector, processor), frame = tiny_detector(), noise_clip(1, 40, 60)[0]
-    boxes = ec.detect_boxes(detector, processor, frame, "Bear")
+    boxes, scores = ec.detect(detector, processor, frame, "Bear")
     inputs = processor(images=frame, text="bear.", return_tensors="pt")
     with torch.no_grad():
         outputs = detector(**inputs)
@@ -335,6 +335,7 @@ def test_boxes():
     centres, sizes = outputs.pred_boxes[0, sure].split(2, -1)
     corners = torch.cat([centres - sizes / 2, centres + sizes / 2], -1) * torch.tensor([60, 40, 60, 40])
     torch.testing.assert_close(boxes, corners, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(scores, outputs.logits[0, sure].sigmoid().amax(-1))
 
 
 def test_masks():
@@ -421,7 +422,7 @@ def test_command_loads_every_network(videos):
     for name, parts in folders.items():
         for part in parts:
             part.save_pretrained(videos / name)
-    model = VideoMAEForVideoClassification(VideoMAEConfig(num_hidden_layers=2, num_labels=3))
+    model = VideoMAEForVideoClassification(VideoMAEConfig(**SMALL, num_labels=3))
     model.save_pretrained(videos / "action_model")
     (videos / "labels.txt").write_text("run\njump\nsit\n")
     flags = [part for name in (*folders, "action_model") for part in (f"--{name}", videos / name)]

@@ -136,6 +136,42 @@ def test_swapped_attributes_never_bind(some, domain):
         assert (wrong["spatial"], wrong["binding"], wrong["complex"]) == (0, 1, 0)
 
 
+def test_prompts_of_other_pictures_score_at_chance(monkeypatch):
+    """Prompt and picture each have two objects that differ in all they have, drawn without regard to one another. Of 6
+    colours, 4 shapes and 3 textures a picture shows two, so that a demanded one is there with 2/6, 2/4, 2/3. Ordered
+    pairs: 30 of colours, 12 of shapes, 6 of textures; the picture's two objects may be taken in either order."""
+    pair = {"colour": 30, "shape": 12, "texture": 6}
+    named = {category: ("shape",) for category in world.CATEGORIES} | {"complex": ("colour", "shape", "texture")}
+    named |= {"colour": ("colour", "shape"), "spatial": ("colour", "shape"), "texture": ("texture", "shape")}
+    chance = {}
+    for category, keys in named.items():
+        bound = 2 / np.prod([pair[key] for key in keys])
+        related = category in ("spatial", "complex")
+        chance[category] = {"shape": 1 / 2, "binding": bound, "complex": bound / 4 if related else bound}
+        chance[category] |= {"colour": 1 / 3} if "colour" in keys else {}
+        chance[category] |= {"texture": 2 / 3} if "texture" in keys else {}
+        chance[category] |= {"spatial": 2 / 12 / 4} if related else {}  # one of four relations stands
+    scenes = [s for s in world.scenes("target", "pretrain", 4000) if len(s.things) == 2]
+    scenes = [s for s in scenes if all(x != y for x, y in zip(*map(key, s.things)))]
+    texts = {category: list(dict.fromkeys(world.prompts(category, "test"))) for category in world.CATEGORIES}
+    rng, values = np.random.default_rng(0), {}
+    for scene in scenes:
+        found = world.detect(world.render(scene))
+        monkeypatch.setattr(world, "detect", lambda image, found=found: found)
+        for category in world.CATEGORIES:
+            prompt = texts[category][rng.integers(len(texts[category]))]
+            for name, value in world.score(None, prompt).items():
+                values.setdefault((category, name), []).append(value)
+        monkeypatch.undo()
+    for (category, name), seen in values.items():
+        if name not in chance[category]:
+            assert set(seen) == {None}
+            continue
+        p = chance[category][name]  # with n scenes, 5 standard errors of a coin of that chance
+        assert abs(np.mean(seen) - p) < 5 * np.sqrt(p * (1 - p) / len(seen)) + 1 / len(seen), (category, name, p)
+    assert len(scenes) > 2000
+
+
 def test_score_of_partial_pictures():
     def draw(*things):
         return world.render(world.Scene("source", things, None, (0.5,)))
