@@ -17,7 +17,8 @@ CLIP_PREFIX = "A photo depicts "
 
 
 class Moments:
-    """Mean and covariance of features (d,) that arrive in parts: nothing but sums is held, in float64."""
+    """Mean and covariance of features (d,) that arrive in parts: nothing but sums is held, in float64. (clean-fid's
+    float32 mean of 30,000 features is off by some 1e-4 of a small distance.)"""
 
     def __init__(self, dimension: int):
         self.count, self.sum, self.products = 0, np.zeros(dimension), np.zeros((dimension, dimension))

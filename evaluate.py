@@ -38,13 +38,14 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
 import torchvision
@@ -286,15 +287,16 @@ def kept(folder: Path, paths: dict[str, Path], load: Callable, settings: dict, s
     keep yet is measured, each process its share. ValueError where the folder holds measurements by other settings."""
     store = folder / "settings.json"
     with state.main_process_first():
-        before = json.loads(store.read_text()) if any(folder.glob("*.npy")) else settings
+        before = json.loads(store.read_text()) if store.exists() else None
+        before = before if any(folder.glob("*.npy")) else settings
         if before != settings:
             raise ValueError(f"{folder} was measured with {before}, not {settings}: choose another --output_dir")
         if state.is_main_process:
             train_foster.write_json(store, settings)
 
     def is_measured(name):
-        array = folder / f"{name}.npy"
-        return array.exists() and array.stat().st_mtime >= paths[name].stat().st_mtime
+        array = folder / f"{name}.npy"  # has the time of what it was measured on
+        return array.exists() and int(array.stat().st_mtime) == int(paths[name].stat().st_mtime)
 
     missing = [name for name in sorted(paths) if not is_measured(name)]
     state.wait_for_everyone()  # before any process adds to what is there
@@ -304,6 +306,7 @@ def kept(folder: Path, paths: dict[str, Path], load: Callable, settings: dict, s
         value = measure(name, paths[name])
         with open(folder / f"{name}.partial", "wb") as file:
             np.save(file, np.asarray(value))
+        os.utime(folder / f"{name}.partial", (paths[name].stat().st_mtime,) * 2)
         os.replace(folder / f"{name}.partial", folder / f"{name}.npy")
     state.wait_for_everyone()
     return {name: folder / f"{name}.npy" for name in sorted(paths)}
@@ -321,6 +324,11 @@ def load_inception(args: argparse.Namespace, device: torch.device):
             f"--inception_path {args.inception_path}: there is no such file; download {coco.INCEPTION_URL}"
         )
     return torch.jit.load(args.inception_path, map_location=device).eval()
+
+
+def load_network(kind, name: str, device: torch.device, dtype: torch.dtype = torch.float32):
+    """In fp32, whatever its file has."""
+    return kind.from_pretrained(name, dtype=dtype).to(device).eval()
 
 
 def digest(path: str | os.PathLike) -> str:
@@ -356,8 +364,8 @@ def write_result(args: argparse.Namespace, scores: dict, counts: dict, settings:
     result = json.loads(path.read_text()) if path.exists() else {}
     if result.get("source") != source:
         result = {"source": source, "scores": {}, "counts": {}, "settings": {}, "sampling": {}}
-    versions = {m.__name__: m.__version__ for m in (torch, torchvision, transformers, diffusers, np)}
-    result["versions"] = {"python": platform.python_version()} | versions
+    packages = ("torch", "torchvision", "transformers", "diffusers", "numpy", "pillow", "spacy")
+    result["versions"] = {"python": platform.python_version()} | {name: version(name) for name in packages}
     for name, values in (("scores", scores), ("counts", counts), ("settings", settings)):
         result[name] |= values
     sampling = {str(folder): folder / "args.json" for folder in folders}
@@ -387,6 +395,7 @@ def draw_chart(scores: dict[str, float], paper: dict[str, float], args: argparse
     axis.set_xticks([x + 0.2 * bool(paper) for x in range(len(scores))], scores, fontsize=8)
     axis.legend()
     figure.tight_layout()
+    Path(args.chart).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.chart, dpi=150)
     pyplot.close(figure)
 
@@ -401,10 +410,11 @@ def numbered_samples(folder: Path) -> list[tuple[int, Path, str]]:
     if (folder / "metadata.jsonl").is_file():
         pairs = read_samples(folder)  # with the prompts whole
     else:
-        pairs = [(path, path.stem.split("_")[0]) for path in (folder / "samples").glob("*.png")]
+        files = [path for path in (folder / "samples").glob("*") if not path.name.startswith(".")]
+        pairs = [(path, path.stem.split("_")[0]) for path in files]
     if not pairs:
-        raise ValueError(f"{folder / 'samples'} has no .png: run sample.py --output_dir {folder}")
-    if odd := [path.name for path, _ in pairs if not path.stem.rpartition("_")[-1].isdigit()]:
+        raise ValueError(f"{folder / 'samples'} has no pictures: run sample.py --output_dir {folder}")
+    if odd := [path.name for path, _ in pairs if not re.fullmatch(r".+_\d+\.(png|jpe?g|webp)", path.name)]:
         raise ValueError(f"{folder / 'samples'}: {odd[0]} is not called <prompt>_<number>.png")
     rows = sorted((int(path.stem.rpartition("_")[-1]), path, text) for path, text in pairs)
     if twice := [b.name for (i, _, _), (j, b, _) in zip(rows, rows[1:]) if i == j]:
@@ -431,7 +441,7 @@ def load_spacy(name: str):
 def bench_measure(kind: str, category: str, texts: dict, folder: Path, args: argparse.Namespace, device) -> Callable:
     """(name, path) -> score of a picture of the category, by a network of T2I-CompBench."""
     if kind == "clip":
-        model = transformers.CLIPModel.from_pretrained(args.clip_model).to(device).eval()
+        model = load_network(transformers.CLIPModel, args.clip_model, device)
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.clip_model)
         nlp = load_spacy(args.spacy_model) if category == "complex" else None
 
@@ -446,7 +456,7 @@ def bench_measure(kind: str, category: str, texts: dict, folder: Path, args: arg
             model = t2i_compbench.blip_of_weights(weights(args.vqa_model)).to(device)
             tokenizer = transformers.AutoTokenizer.from_pretrained(args.vqa_tokenizer)
         else:
-            model = transformers.BlipForQuestionAnswering.from_pretrained(args.vqa_model).to(device).eval()
+            model = load_network(transformers.BlipForQuestionAnswering, args.vqa_model, device)
             tokenizer = transformers.AutoTokenizer.from_pretrained(args.vqa_model)
 
         def blip(name, path):
@@ -458,7 +468,7 @@ def bench_measure(kind: str, category: str, texts: dict, folder: Path, args: arg
     nouns_of = t2i_compbench.complex_nouns if category == "complex" else t2i_compbench.spatial_nouns
     stored = json.loads((folder / "detections.json").read_text()) if (folder / "detections.json").exists() else None
     if stored is None:
-        detector = transformers.GroundingDinoForObjectDetection.from_pretrained(args.detector).to(device).eval()
+        detector = load_network(transformers.GroundingDinoForObjectDetection, args.detector, device)
         processor = transformers.AutoProcessor.from_pretrained(args.detector)
 
     def spatial(name, path):
@@ -481,6 +491,8 @@ def bench_settings(kind: str, category: str, folder: Path, texts: dict, args: ar
     flags = {"blip": ("spacy_model", "vqa_model"), "clip": ("clip_model",), "detection": ("spacy_model",)}[kind]
     flags += ("spacy_model",) if category == "complex" and kind == "clip" else ()
     settings = {flag: getattr(args, flag) for flag in flags}
+    if kind == "blip" and Path(args.vqa_model).is_file():
+        settings |= {"vqa_weights": digest(args.vqa_model), "vqa_tokenizer": args.vqa_tokenizer}
     if kind == "detection" and (folder / "detections.json").exists():
         settings["detections.json"] = digest(folder / "detections.json")
     elif kind == "detection":
@@ -489,18 +501,30 @@ def bench_settings(kind: str, category: str, folder: Path, texts: dict, args: ar
     return settings | {"image_dir": str(folder), "prompts": hashlib.sha256(prompts).hexdigest()[:16]}
 
 
+def complex_lists(args: argparse.Namespace, texts: list[str]) -> dict[str, set[str]]:
+    """Which prompts of the category complex, for validation or training, are spatial and which are of an action; those
+    in neither list are both. ValueError where that would be all of them."""
+    lists = {}
+    for name in ("spatial", "action"):
+        files = [Path(args.complex_lists or "") / f"complex_{split}_{name}.txt" for split in ("val", "train")]
+        files = [file for file in files if file.is_file()]
+        if args.complex_lists is None or not files:
+            raise ValueError(
+                f"Complex needs complex_val_{name}.txt: --complex_lists examples/dataset of T2I-CompBench"
+            )
+        lines = (line for file in files for line in file.read_text(encoding="utf-8").splitlines())
+        lists[name] = {t2i_compbench.prompt_key(line) for line in lines}
+    if not any(t2i_compbench.prompt_key(text) in lists["spatial"] | lists["action"] for text in texts):
+        raise ValueError(f"{args.complex_lists}: no prompt of the pictures is in its lists; give those of their split")
+    return lists
+
+
 def evaluate_t2i_compbench(args: argparse.Namespace) -> None:
     state, out = PartialState(cpu=not torch.cuda.is_available()), Path(args.output_dir)
     paper_row(args.paper)  # a wrong one is told before the work
-    lists = {}
-    if "complex" in args.categories:
-        for name in ("spatial", "action"):
-            file = Path(args.complex_lists or "") / f"complex_val_{name}.txt"
-            if args.complex_lists is None or not file.is_file():
-                raise ValueError(f"Complex needs {file.name}: --complex_lists examples/dataset of T2I-CompBench")
-            lists[name] = {t2i_compbench.prompt_key(line) for line in file.read_text(encoding="utf-8").splitlines()}
     folders = {category: Path(args.image_dir) / category for category in args.categories}
     samples = {category: numbered_samples(folder) for category, folder in folders.items()}
+    lists = complex_lists(args, [text for _, _, text in samples["complex"]]) if "complex" in samples else {}
     scores, counts, settings = {}, {}, {}
     for category, folder in folders.items():
         paths = {f"{number:06d}": path for number, path, _ in samples[category]}
@@ -529,12 +553,14 @@ def evaluate_t2i_compbench(args: argparse.Namespace) -> None:
 # COCO
 
 
+SUFFIXES = ("bmp", "jpg", "jpeg", "pgm", "png", "ppm", "tif", "tiff", "webp")  # clean-fid's
+
+
 def pictures_in(folder: Path) -> dict[str, Path]:
     """What sample.py wrote, or every picture below a folder, by a name of its own."""
-    if (folder / "metadata.jsonl").is_file():
+    if (folder / "samples").is_dir() and (folder / "metadata.jsonl").is_file():
         return {path.name: path for path, _ in read_samples(folder)}
-    known = Image.registered_extensions()
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in SUFFIXES)
     if not files:
         raise ValueError(f"{folder}: no pictures there")
     return {str(path.relative_to(folder)).replace(os.sep, "__"): path for path in files}
@@ -546,29 +572,32 @@ def stacked(files: list[Path], size: int = 512):
         yield np.stack([np.load(file) for file in files[k : k + size]])
 
 
-def reference_moments(metric: str, measured: Callable, args: argparse.Namespace, state: PartialState) -> tuple:
-    """Mean and covariance of the reference's features, measured once and stored in output_dir/reference.npz."""
+def reference_moments(metric: str, measured: Callable, args: argparse.Namespace, state: PartialState) -> dict | None:
+    """`mean`, `cov` and `origin` of the reference's features, in the main process; of a folder they are measured once
+    and stored in output_dir/reference.npz."""
     inception, reference = digest(args.inception_path), Path(args.reference)
     stored = reference if reference.is_file() else Path(args.output_dir) / "reference.npz"
     known = dict(np.load(stored, allow_pickle=False)) if stored.exists() else {}
+    if reference.is_file() and "inception" not in known:
+        raise ValueError(f"{reference} is no reference.npz that this command wrote: give the folder of pictures")
     if reference.is_dir():
         paths = pictures_in(reference)
         origin = f"{reference}: {len(paths)} pictures, newest {max(p.stat().st_mtime for p in paths.values())}"
-        if str(known.get("reference")) != origin or str(known.get("inception")) != inception:
+        if str(known.get("origin")) != origin or str(known.get("inception")) != inception:
             known = {}
         if f"{metric}_mean" not in known:
             files = measured(f"reference_{metric}", paths)
+            if not state.is_main_process:
+                return None
             mean, cov = coco.moments(stacked(list(files.values())))
-            known |= {f"{metric}_mean": mean, f"{metric}_cov": cov, "reference": origin, "inception": inception}
-            if state.is_main_process:
-                partial_file = stored.with_name("reference.partial.npz")
-                np.savez(partial_file, **known)
-                os.replace(partial_file, stored)
-    if str(known.get("inception")) != inception:
+            known |= {f"{metric}_mean": mean, f"{metric}_cov": cov, "origin": origin, "inception": inception}
+            np.savez(stored.with_name("reference.partial.npz"), **known)
+            os.replace(stored.with_name("reference.partial.npz"), stored)
+    if str(known["inception"]) != inception:
         raise ValueError(f"{reference} was measured with another network than {args.inception_path}")
     if f"{metric}_mean" not in known:
         raise ValueError(f"{reference} has no {metric}: measure it on the folder of pictures, --metrics {metric}")
-    return known[f"{metric}_mean"], known[f"{metric}_cov"]
+    return {"mean": known[f"{metric}_mean"], "cov": known[f"{metric}_cov"], "origin": str(known["origin"])}
 
 
 def evaluate_coco(args: argparse.Namespace) -> None:
@@ -597,13 +626,14 @@ def evaluate_coco(args: argparse.Namespace) -> None:
         reference = reference_moments(metric, partial(measured, metric), args, state)
         files = measured(metric, metric, paths)
         if state.is_main_process:
-            scores[metric] = coco.frechet_distance(*coco.moments(stacked(list(files.values()))), *reference)
-        settings[metric] = {"reference": args.reference, "inception": digest(args.inception_path)}
+            mean, cov = coco.moments(stacked(list(files.values())))
+            scores[metric] = coco.frechet_distance(mean, cov, reference["mean"], reference["cov"])
+            settings[metric] = {"reference": reference["origin"], "inception": digest(args.inception_path)}
     if "clip_score" in args.metrics:
         texts = {path.name: text for path, text in read_samples(folder)}
 
         def load():
-            model = transformers.CLIPModel.from_pretrained(args.clip_model).to(state.device).eval()
+            model = load_network(transformers.CLIPModel, args.clip_model, state.device)
             tokenizer = transformers.AutoTokenizer.from_pretrained(args.clip_model)
 
             def similarity(name, path):
@@ -612,7 +642,8 @@ def evaluate_coco(args: argparse.Namespace) -> None:
 
             return similarity
 
-        settings["clip_score"] = {"image_dir": str(folder), "clip_model": args.clip_model}
+        captions = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+        settings["clip_score"] = {"image_dir": str(folder), "clip_model": args.clip_model, "captions": captions}
         files = kept(out / "clip_score", paths, load, settings["clip_score"], state)
         scores["clip_score"] = float(np.mean([np.load(file) for file in files.values()]))
     if state.is_main_process:
@@ -657,16 +688,17 @@ def evaluate_gors(args: argparse.Namespace) -> None:
     if not chosen:
         raise ValueError(f"no reward is above {thresholds}, the largest is {max(rewards):.4f}: nothing to train on")
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    draft.chmod(0o755)
-    for row in chosen:
-        path = row.pop("path")
-        try:
-            os.link(path, draft / path.name)  # 63,000 pictures a category: not twice on the disk
-        except OSError:
-            shutil.copyfile(path, draft / path.name)
-    (draft / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
-    os.rename(draft, out)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as parent:
+        draft = Path(parent) / out.name
+        draft.mkdir()
+        for row in chosen:
+            path = row.pop("path")
+            try:
+                os.link(path, draft / path.name)  # 63,000 pictures a category: not twice on the disk
+            except OSError:
+                shutil.copyfile(path, draft / path.name)
+        (draft / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+        os.rename(draft, out)
     print(f"{out}: {len(chosen)} of {len(rows)} pictures, with a reward above {thresholds[0]} for the prompts of a")
     print(f"template and {thresholds[1]} for others; mean reward {np.mean([row['reward'] for row in chosen]):.4f}")
 
@@ -696,10 +728,10 @@ def crafter_measure(metric: str, entries: dict, args: argparse.Namespace, device
             )
             model.fc_norm.eps = 1e-6
             model.load_state_dict(state)
+            model = model.to(device).eval()
         else:
-            model = transformers.VideoMAEForVideoClassification.from_pretrained(args.action_model)
-        model = model.to(device).eval()
-        text = transformers.CLIPModel.from_pretrained(args.clip_model).to(device).eval()
+            model = load_network(transformers.VideoMAEForVideoClassification, args.action_model, device)
+        text = load_network(transformers.CLIPModel, args.clip_model, device)
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.clip_model)
 
         def action(name, path):
@@ -716,16 +748,16 @@ def crafter_measure(metric: str, entries: dict, args: argparse.Namespace, device
         return lambda name, path: evalcrafter.mean_flows(raft, frames(path))
     if metric == "blip_bleu":
         dtype = torch.float16 if device.type == "cuda" else torch.float32
-        model = transformers.Blip2ForConditionalGeneration.from_pretrained(args.caption_model, dtype=dtype)
-        processor, model = transformers.AutoProcessor.from_pretrained(args.caption_model), model.to(device).eval()
+        model = load_network(transformers.Blip2ForConditionalGeneration, args.caption_model, device, dtype)
+        processor = transformers.AutoProcessor.from_pretrained(args.caption_model)
 
         def blip_bleu(name, path):
             captions = evalcrafter.blip_captions(model, processor, frames(path))
             return evalcrafter.blip_bleu(entries[name]["prompt"], captions)
 
         return blip_bleu
-    detector = transformers.GroundingDinoForObjectDetection.from_pretrained(args.detector).to(device).eval()
-    segmenter = transformers.SamModel.from_pretrained(args.segmenter).to(device).eval()
+    detector = load_network(transformers.GroundingDinoForObjectDetection, args.detector, device)
+    segmenter = load_network(transformers.SamModel, args.segmenter, device)
     find, cut = (transformers.AutoProcessor.from_pretrained(name) for name in (args.detector, args.segmenter))
 
     def objects(name, path):

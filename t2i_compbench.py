@@ -33,8 +33,8 @@ def questions(noun_chunks: Sequence[str]) -> list[str]:
 
 
 def clean_question(text: str) -> str:
-    """As BLIP's data loader cleans it: lower case, without .!"()*#:;~, at most 50 words."""
-    kept = "".join(character for character in text.lower() if character not in '.!"()*#:;~,').rstrip(" ")
+    """As BLIP's data loader cleans it: lower case, without . ! " ( ) * # : ; ~ but with commas, at most 50 words."""
+    kept = "".join(character for character in text.lower() if character not in '.!"()*#:;~').rstrip(" ")
     return " ".join(kept.split(" ")[:50])
 
 
@@ -143,7 +143,7 @@ def iou(a: Box, b: Box) -> float:
     width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
     height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     areas = ((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
-    return width * height / (sum(areas) - width * height)
+    return width * height / (sum(areas) - width * height) if width * height else 0.0
 
 
 def position_score(relation: str | None, first: Box, second: Box) -> float:

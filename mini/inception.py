@@ -2,7 +2,7 @@
 a picture has, and whose 64 features evaluate.py coco takes for a Frechet distance, through the code of FID:
 
     python mini/inception.py        # -> mini/inception.pt, TorchScript; a few minutes on a CPU, a function of --seed
-    python evaluate.py coco output/tsm --reference mini/data/target-test --inception_path mini/inception.pt
+    python evaluate.py coco output/tsm --reference mini/data/target-train-true-v1 --inception_path mini/inception.pt
 
 Like the file inception-2015-12-05.pt it has `layers`, from (B, 3, 299, 299) in [-1, 1] to (B, features). Distances by
 it compare mini models with one another and nothing else.
@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -543,8 +543,9 @@ def publish(args: argparse.Namespace, average: dict, step: int) -> None:
     parts = {name: c.half() for name, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
     names = "seed vae_steps vae_batch_size vae_learning_rate kl_weight steps batch_size learning_rate ema_decay"
     *stages, stage = (f"python mini/pretrain.py --stage {stage}" for stage in ("vae", "decoder", "denoiser"))
+    own = f"{stage} --model {args.model} --batch_size {args.batch_size} --steps {args.steps}"
     made = {
-        "command": " && ".join([*stages, f"{stage} --model {args.model} --batch_size {args.batch_size}"]),
+        "command": " && ".join([*stages, own]),
         "settings": {name: getattr(args, name) for name in (*names.split(), "pictures")},
         "world_version": world.WORLD_VERSION,
         "denoiser_steps": step,

@@ -169,11 +169,14 @@ def test_fid_equals_clean_fid(folders, clean_fid):
         assert scores[metric] == pytest.approx(expected, rel=1e-6) and scores[metric] > 1e-3
 
 
-def test_inception_of_clean_fid(folders, clean_fid):
-    """The network at clean-fid's place, in its wrapper; 2,048 features of 22 pictures cost its root some digits."""
+def test_inception_of_clean_fid(folders):
+    """Our features are those of clean-fid's wrapper of the file, on pictures that clean-fid resized."""
     save_network(folders / "inception-2015-12-05.pt", features=2048)
-    expected = theirs(folders, coco.fid_picture, InceptionV3W(str(folders), download=False))
-    assert run(folders)["scores"]["fid"] == pytest.approx(expected, rel=1e-4)
+    wrapper, picture = InceptionV3W(str(folders), download=False), Image.open(folders / "real" / "0.png")
+    resized = cleanfid.fid.build_resizer("clean")(np.asarray(coco.fid_picture(picture)))
+    expected = wrapper(torch.from_numpy(resized).movedim(-1, 0)[None])[0].detach().numpy()
+    features = coco.inception_features(torch.jit.load(folders / "inception-2015-12-05.pt"), coco.fid_picture(picture))
+    assert features == pytest.approx(expected, abs=1e-6) and features.std() > 0.01
 
 
 def test_command(folders, monkeypatch, capsys):
@@ -190,14 +193,27 @@ def test_command(folders, monkeypatch, capsys):
         cosines.append(t2i_compbench.clip_similarity(model, tokenizer, picture, "A photo depicts " + text))
     assert result["scores"]["clip_score"] == pytest.approx(np.mean(cosines), abs=1e-7)
 
-    # started again after half of it, with what is stored of the reference
-    for k in (3, 7):
-        (folders / "out" / "fid" / f"a run_{k:06d}.png.npy").unlink()
-    seen, measured = [], coco.inception_features
-    monkeypatch.setattr(coco, "inception_features", lambda *given: seen.append(1) or measured(*given))
-    assert run(folders, *flags) == result and len(seen) == 2
+    # stopped at any picture and started again, with what is stored by then
+    calls, measured = [], coco.inception_features
+
+    def stopping(*given):
+        if len(calls) in (5, 17):
+            calls.append("stopped")
+            raise KeyboardInterrupt
+        calls.append("measured")
+        return measured(*given)
+
+    monkeypatch.setattr(coco, "inception_features", stopping)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(folders, *flags, "--output_dir", folders / "stopped")
+    flags = [*flags, "--output_dir", folders / "stopped"]
+    evaluate.evaluate_coco(evaluate.parse_args(flags_of(folders, *flags)))
+    again = json.loads((folders / "stopped" / "result.json").read_text())
+    assert again == result and calls.count("measured") == 22
+    seen, flags = len(calls), flags[:-2]
     again = run(folders, "--reference", folders / "out" / "reference.npz", "--output_dir", folders / "out")
-    assert again["scores"]["fid"] == result["scores"]["fid"] and len(seen) == 2
+    assert again["scores"]["fid"] == result["scores"]["fid"] and len(calls) == seen
 
 
 def test_two_processes_measure_the_same(folders):

@@ -10,6 +10,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 import backbones
+import evaluate
+import sample
 import train_foster
 from mini import world
 
@@ -60,3 +62,69 @@ def test_the_default_job_lowers_the_loss(tmp_path, model):
     assert "target-validation" in table["pictures_from"]
     for record in table["intervals"]:
         assert record["gain"] > 2 * record["standard_error"] > 0
+
+
+def test_gors_loop(tmp_path):
+    """Sample, score, filter, train with rewards, sample and score again, as in the README, but small."""
+
+    def run(main, parse_args, *flags):
+        AcceleratorState._reset_state(True)
+        main(parse_args([str(flag) for flag in flags]))
+
+    prompts, few = (
+        tmp_path / "prompts.txt",
+        ("--num_inference_steps", "10", "--prompts_file", tmp_path / "prompts.txt"),
+    )
+    prompts.write_text("\n".join(f"a {colour} square and a blue circle" for colour in ("red", "green", "cyan")))
+    own = tmp_path / "own"
+    run(sample.main, sample.parse_args, *few, "--num_images_per_prompt", "4", "--output_dir", own)
+    run(evaluate.evaluate_pictures, evaluate.parse_args, "mini", own, "--output_file", tmp_path / "own.json")
+    run(
+        evaluate.evaluate_gors,
+        evaluate.parse_args,
+        "gors",
+        own,
+        "--category",
+        "mini",
+        "--output_dir",
+        tmp_path / "data",
+    )
+    rows = [json.loads(line) for line in (tmp_path / "data" / "metadata.jsonl").read_text().splitlines()]
+    for row in rows:
+        values = world.score(evaluate.read_picture(tmp_path / "data" / row["file_name"]), row["text"]).values()
+        assert row["reward"] == pytest.approx(np.mean([v for v in values if v is not None])) and row["reward"] > 0.8
+    assert 2 <= len(rows) < 12
+    flags = ["--num_intervals", "2", "--train_data_dir", tmp_path / "data", "--reward_column", "reward"]
+    flags += ["--max_train_steps", "3", "--max_validation_samples", "2", "--report_to", "none"]
+    run(train_foster.main, train_foster.parse_args, *flags, "--output_dir", tmp_path / "gors")
+    run(
+        sample.main,
+        sample.parse_args,
+        *few,
+        "--experts",
+        tmp_path / "gors/experts-n2",
+        "--output_dir",
+        tmp_path / "new",
+    )
+    folders = ("mini", own, tmp_path / "new", "--output_file", tmp_path / "both.json")
+    run(evaluate.evaluate_pictures, evaluate.parse_args, *folders)
+    before, after = json.loads((tmp_path / "both.json").read_text()).values()
+    assert before["binding"]["count"] == 12 and after["binding"]["count"] == 3
+
+
+def test_frechet_distance_of_the_mini_world(tmp_path, monkeypatch):
+    """By the code of FID: renders of one domain are near one another, those of the other are far."""
+    halves = {"real": ("target", 0), "same": ("target", 100), "other": ("source", 0)}
+    for name, (domain, first) in halves.items():
+        (tmp_path / name).mkdir()
+        for k, scene in enumerate(world.scenes(domain, "test", first + 100)[first:]):
+            world.Image.fromarray(world.render(scene)).save(tmp_path / name / f"{k}.png")
+    for name in ("same", "other"):
+        flags = ["coco", tmp_path / name, "--reference", tmp_path / "real", "--inception_path", MINI / "inception.pt"]
+        flags += ["--output_dir", tmp_path / "out" / name]
+        evaluate.evaluate_coco(evaluate.parse_args([str(flag) for flag in flags]))
+    near, far = (
+        json.loads((tmp_path / "out" / name / "result.json").read_text())["scores"]["fid"]
+        for name in ("same", "other")
+    )
+    assert far > 5 * near > 0

@@ -2,13 +2,15 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import spacy
 import torch
-from conftest import tiny_tokenizer
+from conftest import environment, tiny_tokenizer
 from PIL import Image
 from spacy.language import Language
 from spacy.tokens import Doc
@@ -84,6 +86,7 @@ def test_questions():
     assert t2i.questions(["the left", "it", "top", "The left"]) == ["it?", "The left?"]
     assert len(t2i.questions([str(k) for k in range(12)])) == 8
     assert t2i.clean_question('The "Red" Car; (new)?  ') == "the red car new?"
+    assert t2i.clean_question("A big, red ball?") == "a big, red ball?"
     assert t2i.clean_question("a " * 60).count("a") == 50
 
 
@@ -304,7 +307,8 @@ def test_command(bench, monkeypatch, capsys):
     evaluate.evaluate_t2i_compbench(bench_args(bench, *flags))
     result = json.loads((bench / "out" / "result.json").read_text())
     assert result["counts"] == {"color": 4, "spatial": 4, "non_spatial": 2, "complex": 6}
-    assert "50.6500   (1: SD2)" not in capsys.readouterr().out and Image.open(bench / "chart.png").width > 300
+    printed = capsys.readouterr().out
+    assert "(1: SD2)" in printed and "50.6500" in printed and Image.open(bench / "chart.png").width > 300
 
     model, tokenizer = tiny_vqa()
     rows = official(bench / "run" / "color", "annotation_blip")
@@ -312,7 +316,7 @@ def test_command(bench, monkeypatch, capsys):
     for row, (_, path, text) in zip(rows, evaluate.numbered_samples(bench / "run" / "color")):
         asked = ["a red cat?", "the dog?"] if "cat" in text else ["the red dog?"]
         answers = t2i.blip_probabilities(model, tokenizer, Image.open(path), asked)
-        assert row["answer"] == f"{math.prod(answers):.4f}"
+        assert row["answer"] == f"{t2i.attribute_score(answers):.4f}" == f"{math.prod(answers):.4f}"
     assert result["scores"]["color"] == pytest.approx(np.mean([float(row["answer"]) for row in rows]))
 
     rows = official(bench / "run" / "spatial", "labels/annotation_obj_detection_2d")
@@ -337,6 +341,26 @@ def test_command(bench, monkeypatch, capsys):
     assert seen == ["the dog runs ."]  # without its adjective
 
 
+def test_two_processes_measure_the_same(bench):
+    evaluate.evaluate_t2i_compbench(bench_args(bench, "--categories", "non_spatial"))
+    one = official(bench / "run" / "non_spatial", "annotation_clip")
+    (bench / "run" / "non_spatial" / "annotation_clip" / "vqa_result.json").unlink()
+    argv = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", evaluate.__file__, "t2i_compbench"]
+    argv += [
+        bench / "run",
+        "--categories",
+        "non_spatial",
+        "--clip_model",
+        bench / "clip",
+        "--output_dir",
+        bench / "two",
+    ]
+    argv = [sys.executable, *(str(part) for part in argv)]
+    subprocess.run(argv, env=environment(), check=True, capture_output=True)
+    two = official(bench / "run" / "non_spatial", "annotation_clip")
+    assert [row["answer"] for row in two] == pytest.approx([row["answer"] for row in one], abs=1e-6)
+
+
 def test_substitute_detector_is_named(bench):
     (bench / "run" / "spatial" / "detections.json").unlink()
     for part in tiny_detector():
@@ -355,10 +379,16 @@ def test_wrong_input(bench):
     spacy.blank("en").to_disk(bench / "blank")
     with pytest.raises(ValueError, match="has no parser"):
         run("--categories", "color", "--spacy_model", bench / "blank")
-    with pytest.raises(ValueError, match="texture.* has no .png: run sample.py"):
+    with pytest.raises(ValueError, match="texture.* has no pictures: run sample.py"):
         run("--categories", "texture")
     with pytest.raises(ValueError, match="Complex needs complex_val_spatial.txt"):
         run("--categories", "complex", "--complex_lists", bench / "run")
+    (bench / "complex_val_spatial.txt").write_text("Another prompt.\n")
+    (bench / "complex_val_action.txt").write_text("")
+    with pytest.raises(ValueError, match="no prompt of the pictures is in its lists"):
+        run("--categories", "complex")
+    (bench / "complex_train_action.txt").write_text("the small dog runs .\n")
+    run("--categories", "complex")
     with pytest.raises(ValueError, match="table 1 has the rows"):
         run("--paper", "1: SD9")
     with pytest.raises(ValueError, match="a table from 1 to 13"):

@@ -159,16 +159,16 @@ def test_prompts_of_other_pictures_score_at_chance(monkeypatch):
         found = world.detect(world.render(scene))
         monkeypatch.setattr(world, "detect", lambda image, found=found: found)
         for category in world.CATEGORIES:
-            prompt = texts[category][rng.integers(len(texts[category]))]
-            for name, value in world.score(None, prompt).items():
-                values.setdefault((category, name), []).append(value)
+            for k in rng.integers(len(texts[category]), size=40):
+                for name, value in world.score(None, texts[category][k]).items():
+                    values.setdefault((category, name), []).append(value)
         monkeypatch.undo()
     for (category, name), seen in values.items():
         if name not in chance[category]:
             assert set(seen) == {None}
             continue
-        p = chance[category][name]  # with n scenes, 5 standard errors of a coin of that chance
-        assert abs(np.mean(seen) - p) < 5 * np.sqrt(p * (1 - p) / len(seen)) + 1 / len(seen), (category, name, p)
+        p = chance[category][name]  # the rarest, 1 of 4,320, is expected 20 times: within 4 standard errors, not 0
+        assert abs(np.mean(seen) - p) < 4 * np.sqrt(p * (1 - p) / len(seen)), (category, name, p)
     assert len(scenes) > 2000
 
 
