@@ -7,6 +7,14 @@
         --num_images_per_prompt 10 --same_seeds --seed 42 --scheduler DDIMScheduler --num_inference_steps 30 \
         --guidance_scale 7.5 --mixed_precision fp16
 
+    # a four-step student of distill_dmd2.py, and its rivals without training (Table 3)
+    python sample.py --experts output/dmd2-n4/experts-n4 --prompts_file mini/prompts/validation.txt \
+        --output_dir output/dmd2 --scheduler LCMScheduler --timesteps 999 749 499 249 --guidance_scale 0
+    python sample.py --prompts_file mini/prompts/validation.txt --output_dir output/dpm4 --num_inference_steps 4 \
+        --scheduler DPMSolverMultistepScheduler      # or UniPCMultistepScheduler; the teacher DDIMScheduler, --eta 1
+    python sample.py --prompts_file mini/prompts/validation.txt --output_dir output/lcm --scheduler LCMScheduler \
+        --num_inference_steps 4 --guidance_scale 0 --lora_weights pytorch_lora_weights.safetensors        # LCM-LoRA
+
 In a program of your own, with any scheduler, in any stock pipeline that backbones.BACKBONES knows:
 
     from diffusers import StableDiffusionPipeline
@@ -55,6 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--without_t5", action="store_true", help="SD3: leave out text_encoder_3")
     add("--experts", help="folder of fostered or assembled experts; the base model alone if not given")
     add("--scale", type=float, default=1.0, help="strength of the experts")
+    add("--lora_weights", help="a stock LoRA below the experts, such as LCM-LoRA: file, folder or hub id")
     add("--any_base", action="store_true", help="accept experts that were trained on another base model")
     add("--mixed_precision", choices=DTYPES, default="no", help="precision of the weights; fp32 experts are folded")
 
@@ -67,6 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--same_seeds", action="store_true", help="each prompt's pictures have seed, seed + 1, ... (T2I-CompBench)")
     add("--scheduler", help="class name of a diffusers scheduler; the model's own if not given")
     add("--num_inference_steps", type=int, default=25)
+    add("--timesteps", type=int, nargs="+", help="instead, as few-step students want them: 999 749 499 249")
     add("--guidance_scale", type=float, default=4.0)
     add("--eta", type=float, help="noise of DDIM; VideoCrafter2's own sampling has 1, which needs --batch_size 1")
     add("--resolution", type=int, help="pixels; the model's native one if not given")
@@ -133,6 +143,24 @@ def claim_output_dir(out: Path, args: argparse.Namespace, rows: list[dict]) -> N
         os.replace(out / f"{name}.partial", out / name)
 
 
+def check_student(args: argparse.Namespace) -> None:
+    """ValueError for timesteps that the student of distill_dmd2.py was not trained at, such as LCMScheduler's own 759
+    and 259: of four experts they would get those of 999 and of 499, which have seen no other noise than their own."""
+    router = Path(args.experts) / tsm_lora.ROUTER_FILE
+    files = [router] if router.exists() else sorted(Path(args.experts).glob("*.safetensors"))
+    facts = tsm_lora.read_facts(files[0], ()) if files else {}
+    if not (known := facts.get("student_timesteps")):
+        return
+    if foreign := [t for t in args.timesteps or [None] if t not in known]:
+        what = (
+            f"{foreign} of --timesteps" if args.timesteps else "the scheduler's own timesteps (LCM: 999 759 499 259)"
+        )
+        raise ValueError(
+            f"{args.experts} is a student of t = {known} alone, {what} would run experts at noise that they have "
+            f"never seen: add --scheduler LCMScheduler --timesteps {' '.join(map(str, known))} --guidance_scale 0"
+        )
+
+
 def load(args: argparse.Namespace, device: torch.device):
     pipe = backbones.load_pipeline(
         args.pretrained_model_name_or_path,
@@ -145,10 +173,14 @@ def load(args: argparse.Namespace, device: torch.device):
         pipe.safety_checker = None  # it blackens pictures, and scores are those of the model
     if args.scheduler:
         scheduler = getattr(diffusers, args.scheduler, None)
-        if scheduler is None or scheduler not in pipe.scheduler.compatibles:
-            known = sorted(s.__name__ for s in pipe.scheduler.compatibles)
+        fitting = list(pipe.scheduler.compatibles)  # which leaves out a scheduler that suits all diffusion models
+        fitting += [diffusers.LCMScheduler] if hasattr(pipe.scheduler, "alphas_cumprod") else []
+        if scheduler not in fitting:
+            known = sorted(s.__name__ for s in fitting)
             raise ValueError(f"--scheduler {args.scheduler}: this model takes {known}")
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    if args.lora_weights:
+        pipe.load_lora_weights(args.lora_weights, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -166,6 +198,8 @@ def main(args: argparse.Namespace) -> None:
         seed = args.seed + (image_index if args.same_seeds else number)
         rows.append({"file_name": f"samples/{file_name(prompt, number, video)}", "text": prompt, "seed": seed})
 
+    if args.experts:
+        check_student(args)
     pipe = load(args, state.device)
     folded = nullcontext()
     if args.experts:
@@ -178,7 +212,8 @@ def main(args: argparse.Namespace) -> None:
     missing = [row for row in rows if not (out / row["file_name"]).exists()]
     state.wait_for_everyone()
     mine = missing[state.process_index :: state.num_processes]
-    options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    steps = {"timesteps": args.timesteps} if args.timesteps else {"num_inference_steps": args.num_inference_steps}
+    options = steps | {"guidance_scale": args.guidance_scale}
     if not (args.height and args.width):
         args.resolution = args.resolution or backbones.native_resolution(pipe)
     options |= {"height": args.height or args.resolution, "width": args.width or args.resolution}

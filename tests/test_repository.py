@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import environment
 
+import distill_dmd2
 import evaluate
 import export
 import sample
@@ -20,10 +21,12 @@ ROOT = Path(train_foster.__file__).parent
 SCRIPTS = {
     "train_foster.py": train_foster,
     "train_assemble.py": train_assemble,
+    "distill_dmd2.py": distill_dmd2,
     "sample.py": sample,
     "evaluate.py": evaluate,
     "export.py": export,
 }
+STUDENT = [999, 749, 499, 249]
 
 
 def readme_commands():
@@ -49,7 +52,7 @@ def test_documented_commands_parse(monkeypatch):
         monkeypatch.setattr(
             train_assemble.tsm_lora,
             "read_folder",
-            lambda folder: [({"num_intervals": 1, "timesteps": [0, 999]}, folder)],
+            lambda folder: [({"num_intervals": 1, "timesteps": [0, 999], "student_timesteps": STUDENT}, folder)],
         )
         SCRIPTS[name].parse_args(arguments)
 
@@ -70,7 +73,7 @@ def test_help_shows_every_flag(name):
 
 
 def test_every_flag_is_used():
-    for name in ("train_foster.py", "train_assemble.py", "sample.py"):
+    for name in ("train_foster.py", "train_assemble.py", "distill_dmd2.py", "sample.py"):
         source = (ROOT / name).read_text() + (ROOT / "data.py").read_text()
         flags = re.findall(r'add\("--(\w+)"', source)
         assert len(flags) > 15

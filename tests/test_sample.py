@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_sd
-from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import EulerDiscreteScheduler, LCMScheduler, StableDiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_tsm_lora import save_all
 
 import sample
@@ -69,6 +71,44 @@ def test_pictures_are_those_of_the_stock_pipeline(world, tmp_path):
     assert image.size == ours.size and worst <= 1  # folded beside unfolded, batch of 2 beside 1
     base = run(world, tmp_path / "base", "--prompt", "a", "b", *flags[2:], "--negative_prompt", "ugly", "--seed", 5)
     assert base["b_000001.png"] != (tmp_path / "samples" / "b_000001.png").read_bytes()
+
+
+def test_students_run_at_their_own_timesteps(world, tmp_path):
+    """Explicit timesteps; LCMScheduler's own choice (999, 759, 499, 259) is refused, and other t with the reason."""
+    pipe = tiny_sd()
+    save_all(pipe, tmp_path / "student", 4)
+    for path in (tmp_path / "student").glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        facts = json.loads(metadata["tsm"]) | {"student_timesteps": [999, 749, 499, 249]}
+        save_file(load_file(path), path, metadata | {"tsm": json.dumps(facts)})
+    flags = ("--prompt", "a", "--experts", tmp_path / "student", "--scheduler", "LCMScheduler", "--guidance_scale", 0)
+    with pytest.raises(ValueError, match="999 759 499 259.*never seen: add .*--timesteps 999 749 499 249"):
+        run(world, tmp_path / "out", *flags)
+    with pytest.raises(ValueError, match=r"\[759, 259\] of --timesteps"):
+        run(world, tmp_path / "out", *flags, "--timesteps", 999, 759, 499, 259)
+    assert not (tmp_path / "out").exists()
+    pictures = run(world, tmp_path / "out", *flags, "--timesteps", 999, 749, 499, 249)
+    tsm_lora.load_experts(pipe, tmp_path / "student")
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    options = {"timesteps": [999, 749, 499, 249], "guidance_scale": 0, "generator": torch.Generator().manual_seed(0)}
+    image = pipe("a", **options).images[0]
+    (tmp_path / "ours.png").write_bytes(pictures["a_000000.png"])
+    ours = Image.open(tmp_path / "ours.png").tobytes()
+    assert max(abs(a - b) for a, b in zip(image.tobytes(), ours)) <= 1
+
+
+@pytest.mark.parametrize("scheduler", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDIMScheduler"])
+def test_rivals_without_training(world, tmp_path, scheduler):
+    eta = ("--eta", 1) if scheduler == "DDIMScheduler" else ()
+    flags = ("--prompt", "a", "--scheduler", scheduler, "--num_inference_steps", 4)
+    assert run(world, tmp_path / "a", *flags, *eta) != run(world, tmp_path / "b", "--prompt", "a")
+
+
+def test_stock_lora_files(world, tmp_path):
+    flags = ("--prompt", "a", "--scheduler", "LCMScheduler", "--timesteps", 999, 749, 499, 249, "--guidance_scale", 0)
+    lora = ("--lora_weights", world / "experts" / "interval-000.safetensors")
+    assert run(world, tmp_path / "a", *flags, *lora) != run(world, tmp_path / "b", *flags)
 
 
 def test_rerun_makes_only_what_is_missing(world, tmp_path):
