@@ -16,7 +16,11 @@ import train_foster
 from mini import world
 
 MINI = Path(train_foster.__file__).parent / "mini"
-MODELS = {"sd15": "StableDiffusionPipeline"}
+MODELS = {
+    "sd15": "StableDiffusionPipeline",
+    "pixart": "PixArtAlphaPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -37,7 +41,9 @@ def test_it_is_a_regular_small_pipeline(pipe):
     folder = Path(pipe.config._name_or_path)
     assert type(pipe) is getattr(diffusers, MODELS[folder.name])
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 5e6
-    assert pipe.scheduler.config.prediction_type == "epsilon" and pipe.scheduler.config.num_train_timesteps == 1000
+    config = pipe.scheduler.config
+    assert config.num_train_timesteps == 1000 and config.get("prediction_type", "flow") in ("epsilon", "flow")
+    assert ("prediction_type" in config) == (folder.name != "sd3")
 
 
 def test_it_draws_well(pipe):
@@ -47,8 +53,8 @@ def test_it_draws_well(pipe):
 
 
 def test_it_binds_badly(pipe):
-    """Two objects: at most 70 % (100 prompts: three standard errors are 15 %; the bundled ones have about half)."""
-    assert 0.25 <= scores(pipe, world.prompts("colour", "validation"), "binding") <= 0.7
+    """Two objects: at most 70 % (48 prompts: three standard errors are 22 %; the bundled ones have half or less)."""
+    assert scores(pipe, world.prompts("colour", "validation")[:48], "binding") <= 0.7
 
 
 @pytest.mark.parametrize("model", MODELS)
