@@ -950,7 +950,7 @@ def base_name(pipe) -> str:
     return str(pipe.config.get("_name_or_path") or type(pipe).__name__)
 
 
-def read_facts(path: str | os.PathLike, needed: tuple[str, ...] | None = None) -> dict:
+def read_facts(path: str | os.PathLike, needed: tuple[str, ...] = FACTS) -> dict:
     """The header of an expert or router file. ValueError if it is truncated, no safetensors file, or not ours."""
     try:
         with safe_open(path, "pt") as file:
@@ -962,7 +962,7 @@ def read_facts(path: str | os.PathLike, needed: tuple[str, ...] | None = None) -
     if facts.get("format_version") != FORMAT_VERSION or facts.get("T") != T:
         version = facts.get("format_version"), facts.get("T")
         raise ValueError(f"{path} has format version and T {version}, this program reads {(FORMAT_VERSION, T)}")
-    if absent := [name for name in needed or FACTS if name not in facts]:
+    if absent := [name for name in needed if name not in facts]:
         raise ValueError(f"the header of {path} lacks {absent}")
     return facts
 
