@@ -7,7 +7,8 @@ task of TimeStep Master (arXiv:2503.07416, Sec. 4.3, appendix A.3).
     accelerate launch distill_dmd2.py --num_intervals 1
     accelerate launch distill_dmd2.py --core_experts output/dmd2-n4/experts-n4 \
         --context_experts output/dmd2-n1/experts-n1
-    # the paper's experts of SD1.5; its LoRA has --num_intervals 1, 40000 and 5000 steps, batches 128 and 64
+    # the paper's experts of SD1.5; its LoRA has --num_intervals 1, 40000 and 5000 steps, batches 128 and 64; its
+    # routers --steps_with_gan 2000; rank, alpha and rates are DMD2's, but for --gan_learning_rate, which is ours
     accelerate launch --multi_gpu --num_processes 4 distill_dmd2.py --num_intervals 4 --rank 64 --lora_alpha 8 \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --train_data_dir laion \
         --resolution 512 --mixed_precision bf16 --gradient_checkpointing --update_ratio 10 --gan_loss_weight 1e-3 \
@@ -86,7 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument_group("tsm").add_argument
     add("--num_intervals", type=int, default=4, help="n, experts in all; 1 is DMD2+LoRA")
-    add("--rank", type=int, default=16, help="(paper: 64)")
+    add("--rank", type=int, default=16, help="(DMD2: 64, with alpha 8)")
     add("--lora_alpha", type=float, default=8, help="scale of the addition is alpha / rank")
     add("--lora_layers", help="comma-separated names in the denoiser; in a UNet the paper's 14 if not given")
     add("--core_experts", help="train routers instead (stage 2): folder of distilled experts, not gated")
@@ -99,8 +100,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps_without_gan", type=int, nargs="+", help="one number, or one per expert, noisiest first (paper: A.3)")
     add("--steps_with_gan", type=int, nargs="+", help="the same, of the phase that follows (paper: A.3)")
     add("--gan_train_batch_size", type=int, default=16, help="per process in that phase (paper: 16 in all)")
-    add("--update_ratio", type=int, default=3, help="fake-score updates per student update (paper: 10)")
-    add("--real_guidance_scale", type=float, default=1.75, help="of the teacher (paper: 1.75)")
+    add("--update_ratio", type=int, default=3, help="fake-score updates per student update (DMD2: 10)")
+    add("--real_guidance_scale", type=float, default=1.75, help="of the teacher (DMD2: 1.75)")
     add("--min_step_percent", type=float, default=0.02, help="noise of distribution matching")
     add("--max_step_percent", type=float, default=0.98)
     add("--gan_max_timestep", type=int, default=T, help="noise of the GAN, t in [0, this)")
@@ -108,9 +109,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # the gradient of distribution matching has a factor 1 / (c h w), that of the GAN has none: 1e-3 is for 64x64
     add("--gan_loss_weight", type=float, default=0.03, help="of the student; the default suits the mini model's 8x8")
     add("--discriminator_loss_weight", type=float, default=0.01)
-    add("--guidance_learning_rate", type=float, default=5e-4, help="fake score (paper: 1e-5)")
+    add("--guidance_learning_rate", type=float, default=5e-4, help="fake score (DMD2: 1e-5; its LoRA: 5e-5)")
     add("--gan_learning_rate", type=float, default=5e-4, help="student in the GAN phase (paper: not specified)")
-    add("--gan_guidance_learning_rate", type=float, default=1e-4, help="fake score and head then (paper: 5e-7)")
+    add("--gan_guidance_learning_rate", type=float, default=1e-4, help="fake score and head then (DMD2: 5e-7)")
     add("--prompts_file", help="a prompt per line for the student; the captions of the pictures if not given")
     add("--initial_guidance", help="guidance/*.safetensors of another run; else the fake score begins as the teacher")
     add("--save_guidance", action="store_true", help="keep fake score and head of each expert in guidance/")
@@ -162,6 +163,8 @@ def check_args(args: argparse.Namespace) -> None:
         if len(counts) not in (1, args.num_intervals) or min(counts) < 0:
             raise ValueError(f"--{flag} {counts}: one number or {args.num_intervals}, each at least 0")
         setattr(args, flag, counts * (args.num_intervals // len(counts)))
+    if 0 in map(sum, zip(args.steps_without_gan, args.steps_with_gan)):
+        raise ValueError("--steps_without_gan and --steps_with_gan are both 0 for an expert: nothing would be trained")
     name = "router" if args.core_experts else "full" if args.full_finetuning else f"n{args.num_intervals}"
     args.output_dir = args.output_dir or f"output/dmd2-{name}"
 
@@ -714,20 +717,20 @@ def distill(pipe, pictures, prompts, cache, args: argparse.Namespace, interval: 
     place = args.num_intervals - 1 - interval  # flags count from the noisiest
     lengths = {False: args.steps_without_gan[place], True: args.steps_with_gan[place]}
     players, folder = make_players(pipe, args, interval, accelerator), train_foster.checkpoint_dir(args, interval)
-    state, seconds, updates = None, 0.0, 0
+    state, seconds = None, 0.0
     earlier = sum(args.steps_without_gan[:place] + args.steps_with_gan[:place])  # trackers want one growing count
     if (checkpoint := train_foster.checkpoint_to_resume(args, folder)) is not None:
         state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
         accelerator.print(f"expert {interval} goes on from {checkpoint}")
     for gan, before in ((False, 0), (True, lengths[False])):
-        if not lengths[gan] or (state and state["gan"] and not gan):
+        if not lengths[gan] or (state and state["gan"] and not gan):  # that phase is over
             continue
         begin_phase(pipe, players, args, interval, gan, lengths[gan])
         first = 0
         if state and state["gan"] == gan:
             players.student_updates.load(state["student"])
             players.guidance_updates.load(state["guidance"])
-            first = state["step"] - before
+            first, state = state["step"] - before, None
         own, named = [args.student_timesteps[k] for k in own_steps(args, interval)], "with" if gan else "without"
         progress = tqdm(
             batches(pipe, prompts, pictures, cache, args, interval, gan, first, accelerator),
@@ -741,7 +744,7 @@ def distill(pipe, pictures, prompts, cache, args: argparse.Namespace, interval: 
             student_turn = iteration % args.update_ratio == 0  # the first iteration too, as in DMD2
             k = student_step(args, interval, gan, iteration)
             losses = iterate(players, batch, k, student_turn, gan, args, accelerator)
-            step, updates = before + iteration + 1, updates + student_turn
+            step = before + iteration + 1
             recent.append((step, losses))
             save = step % args.checkpointing_steps == 0
             if save or step % LOGGING_STEPS == 0 or iteration + 1 == lengths[gan]:
@@ -759,7 +762,8 @@ def distill(pipe, pictures, prompts, cache, args: argparse.Namespace, interval: 
     if accelerator.is_main_process:
         save_result(pipe, players, args, interval, sum(lengths.values()))
         record = {"without_gan": lengths[False], "with_gan": lengths[True], "seconds": seconds}
-        record |= {"student_updates": updates, "since": checkpoint and checkpoint.name}  # a resumed run counts its own
+        record |= {"student_updates": sum(-(-length // args.update_ratio) for length in lengths.values())}
+        record |= {"seconds_since": checkpoint and checkpoint.name}  # a resumed run knows its own time alone
         train_foster.write_json(Path(args.output_dir) / "training" / f"interval-{interval:03d}.json", record)
     accelerator.wait_for_everyone()
     if args.low_memory:
@@ -777,8 +781,9 @@ def check_and_average(recent: list[tuple[int, dict]], accelerator) -> dict[str, 
         found = ((step, [n for n, v in losses.items() if not v.isfinite()]) for step, losses in recent)
         step, bad = next(((step, bad) for step, bad in found if bad), (recent[-1][0], list(names)))
         raise FloatingPointError(
-            f"not finite at iteration {step}: {', '.join(bad)}. The checkpoints before are whole: go on from one with "
-            "lower learning rates, a higher --update_ratio or a lower --gan_loss_weight"
+            f"not finite at iteration {step}: {', '.join(bad)}. The checkpoints before are whole, but would lead here "
+            "again: start anew in another --output_dir with lower learning rates, a higher --update_ratio or a lower "
+            "--gan_loss_weight"
         )
     return means
 

@@ -296,7 +296,8 @@ def kept(folder: Path, paths: dict[str, Path], load: Callable, settings: dict, s
 
     def is_measured(name):
         array = folder / f"{name}.npy"  # has the time of what it was measured on
-        return array.exists() and int(array.stat().st_mtime) == int(paths[name].stat().st_mtime)
+        # to a millisecond: file systems round differently
+        return array.exists() and abs(array.stat().st_mtime - paths[name].stat().st_mtime) < 1e-3
 
     missing = [name for name in sorted(paths) if not is_measured(name)]
     state.wait_for_everyone()  # before any process adds to what is there

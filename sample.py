@@ -151,13 +151,13 @@ def check_student(args: argparse.Namespace) -> None:
     facts = tsm_lora.read_facts(files[0], ()) if files else {}
     if not (known := facts.get("student_timesteps")):
         return
-    if foreign := [t for t in args.timesteps or [None] if t not in known]:
-        what = (
-            f"{foreign} of --timesteps" if args.timesteps else "the scheduler's own timesteps (LCM: 999 759 499 259)"
-        )
+    if (args.scheduler, args.timesteps, args.guidance_scale) != ("LCMScheduler", known, 0):
+        own = "the scheduler's own timesteps (LCM: 999 759 499 259)"
+        given = f"--timesteps {args.timesteps}" if args.timesteps else own
         raise ValueError(
-            f"{args.experts} is a student of t = {known} alone, {what} would run experts at noise that they have "
-            f"never seen: add --scheduler LCMScheduler --timesteps {' '.join(map(str, known))} --guidance_scale 0"
+            f"{args.experts} is a student of t = {known}, without guidance; {given} with {args.scheduler} at "
+            f"--guidance_scale {args.guidance_scale:g} would run experts at noise that they have never seen: add "
+            f"--scheduler LCMScheduler --timesteps {' '.join(map(str, known))} --guidance_scale 0"
         )
 
 

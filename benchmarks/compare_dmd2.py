@@ -5,7 +5,8 @@ mini world.
 
 Iterations are the paper's (appendix A.3) divided by 1000 / --scale, batches are --train_batch_size of an expert
 without GAN, half of it with, and four times as much for the LoRA, as there. Counted in samples that pass the student,
-that LoRA costs twice as much as the four experts; `LoRA, equal` has half its iterations. Prompts are the true captions
+that LoRA costs twice as much as the four experts; `LoRA, equal` has their iterations and batches, and so their number
+of updates and of samples. Learning rates are the script's defaults, tuned for none. Prompts are the true captions
 of the source domain's test scenes, the distance is to their renders (mini/inception.py), and all few-step
 rivals run at the guidance that the students are trained with. Finished runs in --work_dir are reused.
 """
@@ -36,15 +37,16 @@ from mini import world
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = os.path.relpath(ROOT / "mini/sd15")
-SAMPLERS = {  # scheduler and steps of the teacher
-    "teacher, 50 steps": ("DDIMScheduler", 50),
-    "DDIM": ("DDIMScheduler", 4),
-    "DPM++": ("DPMSolverMultistepScheduler", 4),
-    "UniPC": ("UniPCMultistepScheduler", 4),
+SAMPLERS = {  # scheduler, steps and spacing of the teacher
+    "teacher, 50 steps": ("DDIMScheduler", 50, "leading"),
+    "DDIM, as configured": ("DDIMScheduler", 4, "leading"),  # from t = 751
+    "DDIM": ("DDIMScheduler", 4, "trailing"),  # at the students' 999, 749, 499, 249
+    "DPM++": ("DPMSolverMultistepScheduler", 4, "trailing"),
+    "UniPC": ("UniPCMultistepScheduler", 4, "trailing"),
 }
 RUNS = {  # intervals, thousands of iterations without and with GAN, batch in multiples of an expert's
     "LoRA": (1, [40], [5], 4),
-    "LoRA, equal": (1, [20], [2.5], 4),
+    "LoRA, equal": (1, [50], [70], 1),
     "stage 1": (4, [20, 20, 5, 5], [5, 5, 20, 40], 1),
     "stage 2": (1, [0], [2], 1),
 }
@@ -116,11 +118,10 @@ def measure(path: Path, pipe, prompts: list[str], reference: tuple, **options) -
     return record
 
 
-def load(scheduler: str | None = None):
+def load(scheduler: str, **options):
     pipe = backbones.load_pipeline(TEACHER)
     pipe.set_progress_bar_config(disable=True)
-    if scheduler:
-        pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **options)
     return pipe
 
 
@@ -131,23 +132,26 @@ def main(args: argparse.Namespace) -> None:
     pictures = (coco.fid_picture(Image.open(folder / row["file_name"])) for row in rows)
     reference = coco.moments([np.stack([coco.inception_features(inception, picture) for picture in pictures])])
     table = []
-    for name, (scheduler, steps) in SAMPLERS.items():
+    for name, (scheduler, steps, spacing) in SAMPLERS.items():
         options = {"num_inference_steps": steps, "guidance_scale": args.real_guidance_scale}
-        path = work / f"{name.replace(', ', '-').replace(' ', '-')}-{args.pictures}.json"
-        table.append({"method": name, "seeds": [measure(path, load(scheduler), prompts, reference, **options)]})
+        path = work / f"{scheduler}-{spacing}-{steps}-{args.real_guidance_scale:g}-{args.pictures}.json"
+        pipe = load(scheduler, timestep_spacing=spacing)
+        table.append({"method": name, "seeds": [measure(path, pipe, prompts, reference, **options)]})
     for run in args.runs:
         records = []
         for seed in args.seeds:
             settings = settings_of(run, seed, args)
-            if not (Path(settings.output_dir) / "training.json").exists():
-                AcceleratorState._reset_state(True)
-                distill_dmd2.main(settings)
+            AcceleratorState._reset_state(True)
+            distill_dmd2.main(settings)  # skips what is finished, refuses what was trained with other settings
             pipe = load("LCMScheduler")
             tsm_lora.load_experts(pipe, distill_dmd2.result_path(settings, 0).parent)
             options = {"timesteps": settings.student_timesteps, "guidance_scale": 0.0}
             path = Path(settings.output_dir) / f"measured-{args.pictures}.json"
             records.append(measure(path, pipe, prompts, reference, **options))
-        table.append({"method": run, **cost(run, args), "seeds": records})
+            files = (Path(settings.output_dir) / "training").glob("*.json")
+            records[-1]["seconds"] = sum(json.loads(file.read_text())["seconds"] for file in files)
+        seconds = sum(record["seconds"] for record in records) / len(records)
+        table.append({"method": run, **cost(run, args), "seconds": round(seconds), "seeds": records})
     for row in table:
         own = row.pop("seeds")
         row["frechet"] = compare_foster.mean_and_error([record["frechet"] for record in own])

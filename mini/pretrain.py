@@ -256,7 +256,7 @@ def make_vc2(vae: AutoencoderKL) -> TextToVideoSDPipeline:
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock3D", "CrossAttnDownBlock3D"),
         up_block_types=("CrossAttnUpBlock3D", "CrossAttnUpBlock3D"),
-        cross_attention_dim=128,
+        cross_attention_dim=96,
         attention_head_dim=4,  # the number of heads, and the width of those of transformer_in
         norm_num_groups=8,
         fps=clips.FPS,
@@ -264,7 +264,7 @@ def make_vc2(vae: AutoencoderKL) -> TextToVideoSDPipeline:
     )
     return TextToVideoSDPipeline(
         vae=vae,
-        text_encoder=make_clip(tokenizer, 128, 2),
+        text_encoder=make_clip(tokenizer, 96, 2),
         tokenizer=tokenizer,
         unet=unet,
         scheduler=VideoCrafterDDIMScheduler(**STABLE_DIFFUSION),
@@ -491,7 +491,9 @@ def train_denoiser(args: argparse.Namespace) -> None:
     """Joint training from scratch on source pictures with web captions; publishes the moving average."""
     torch.manual_seed(args.seed)
     pipe = MODELS[args.model](load_vae())
-    model = trained_parts(pipe).train().to(memory_format=torch.channels_last)
+    model = trained_parts(pipe).eval()  # no dropout, which VideoCrafter2's temporal convolutions have
+    if args.model != "vc2":  # whose weights have five axes
+        model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
     average = {k: v.clone() for k, v in model.state_dict().items()}
     path, first, began = args.work_dir / f"{args.model}.pt", 0, time.time()
@@ -543,9 +545,9 @@ def publish(args: argparse.Namespace, average: dict, step: int) -> None:
     parts = {name: c.half() for name, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
     names = "seed vae_steps vae_batch_size vae_learning_rate kl_weight steps batch_size learning_rate ema_decay"
     *stages, stage = (f"python mini/pretrain.py --stage {stage}" for stage in ("vae", "decoder", "denoiser"))
-    own = f"{stage} --model {args.model} --batch_size {args.batch_size} --steps {args.steps}"
+    sizes = f"--batch_size {args.batch_size} --steps {args.steps} --pictures {args.pictures}"
     made = {
-        "command": " && ".join([*stages, own]),
+        "command": " && ".join([*stages, f"{stage} --model {args.model} {sizes}"]),
         "settings": {name: getattr(args, name) for name in (*names.split(), "pictures")},
         "world_version": world.WORLD_VERSION,
         "denoiser_steps": step,
