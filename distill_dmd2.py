@@ -53,6 +53,7 @@ from tqdm.auto import tqdm
 
 import backbones
 import data
+import sample
 import train_assemble
 import train_foster
 import tsm_lora
@@ -314,7 +315,8 @@ def last_layer(network: nn.Module) -> nn.Module:
 
 
 def in_fp32(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """A last layer outside autocast: eps rounded to bf16 alone would put noise of 0.024 rms into x0 at t = 999."""
+    """A last layer outside autocast: eps rounded to bf16 alone puts noise of 0.024 rms into x0 at t = 999 (it does
+    in DMD2's training passes)."""
     with torch.autocast(x.device.type, enabled=False):
         return type(layer).forward(layer, x.float())
 
@@ -395,11 +397,9 @@ class Updates:
         for whole, own in self.pairs:
             if own is not whole and whole.grad is not None:
                 own.grad, whole.grad = whole.grad[: len(own)], None
-        grads = [p.grad for p in self.parameters if p.grad is not None]
         if accelerator.num_processes > 1:  # in place of DDP, which expects one forward per backward
-            mean = accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), "mean")
-            for grad, part in zip(grads, mean.split([grad.numel() for grad in grads])):
-                grad.copy_(part.view_as(grad))
+            for grad in (p.grad for p in self.parameters if p.grad is not None):
+                grad.copy_(accelerator.reduce(grad, "mean"))
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -518,17 +518,9 @@ def batches(pipe, prompts, pictures, cache, args, interval: int, gan: bool, step
         yield batch
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    path = Path(args.prompts_file)
-    prompts = [line.strip() for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
-    if not (prompts := [prompt for prompt in prompts if prompt]):
-        raise ValueError(f"--prompts_file {path}: no such file, or it holds no prompt; give one prompt per line")
-    return prompts
-
-
 def load_data(args: argparse.Namespace):
     """Pictures (None where neither the GAN nor the prompts need them), prompts of training and of samples.png."""
-    pictures, prompts = None, read_prompts(args) if args.prompts_file else []
+    pictures, prompts = None, sample.read_prompts(args.prompts_file) if args.prompts_file else []
     shown = prompts
     if any(args.steps_with_gan) or not prompts:
         if not (args.train_data_dir or args.dataset_name):
@@ -657,6 +649,9 @@ def make_players(pipe, args: argparse.Namespace, interval: int, accelerator) -> 
     network = getattr(pipe, backbone.denoiser)
     if not args.low_memory:  # copies of the bare network, before experts
         teacher, fake = Denoiser(pipe, copy.deepcopy(network)), Denoiser(pipe, copy.deepcopy(network))
+        if accelerator.mixed_precision == "bf16":
+            teacher.bfloat16()
+            last_layer(teacher.network).float().load_state_dict(last_layer(network).state_dict())
     experts, pairs = attach(pipe, args, interval)
     if args.low_memory:
         lora = FakeLoRA(experts, args.rank, args.lora_alpha / args.rank, data.rng(args.seed, interval, "fake"))
@@ -664,9 +659,6 @@ def make_players(pipe, args: argparse.Namespace, interval: int, accelerator) -> 
         fake.lora = lora
     else:
         fake.requires_grad_(True)
-        if accelerator.mixed_precision == "bf16":
-            teacher.bfloat16()
-            last_layer(teacher.network).float().load_state_dict(last_layer(network).state_dict())
         if args.gradient_checkpointing:
             for part in (fake.network, experts or network):
                 part.enable_gradient_checkpointing()
@@ -690,8 +682,10 @@ def begin_phase(pipe, players: Players, args: argparse.Namespace, interval: int,
         players.guidance.add_head(data.latent_shape(pipe, args), players.empty, seed)
     if args.initial_guidance and players.student_updates is None:  # the first phase of this expert
         saved, own = load_file(args.initial_guidance), guidance_parameters(players.guidance)
-        if missing := {name for name in own if name.startswith("fake.")} - saved.keys():
-            raise ValueError(f"--initial_guidance {args.initial_guidance} is another model's, it lacks {min(missing)}")
+        needed = {name: p.shape for name, p in own.items() if name.startswith("fake.") or name in saved}
+        if wrong := [name for name, shape in needed.items() if name not in saved or saved[name].shape != shape]:
+            what = "lacks" if wrong[0] not in saved else "has another shape of"
+            raise ValueError(f"--initial_guidance {args.initial_guidance} is another model's, it {what} {wrong[0]}")
         for name in own.keys() & saved.keys():
             own[name].data.copy_(saved[name])
     rates = args.learning_rate, args.guidance_learning_rate
@@ -825,6 +819,7 @@ def report(pipe, teacher, prompts: list[str], args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     accelerator = train_foster.make_accelerator(args)
+    args.global_gan_batch = args.gan_train_batch_size * accelerator.num_processes
     if accelerator.mixed_precision == "fp16":
         raise ValueError("--mixed_precision fp16: distillation diverges in it; use bf16 or no")
     if train_foster.is_video(args):

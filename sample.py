@@ -98,15 +98,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    if args.prompt:
-        return args.prompt
-    if not Path(args.prompts_file).is_file():
-        raise ValueError(f"--prompts_file {args.prompts_file}: there is no such file")
-    lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines()  # T2I-CompBench's files have CRLF
+def read_prompts(path: str) -> list[str]:
+    if not Path(path).is_file():
+        raise ValueError(f"--prompts_file {path}: there is no such file")
+    lines = Path(path).read_text(encoding="utf-8").splitlines()  # T2I-CompBench's files have CRLF
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"--prompts_file {args.prompts_file} holds no prompt")
+        raise ValueError(f"--prompts_file {path} holds no prompt")
     return prompts
 
 
@@ -127,9 +125,10 @@ def claim_output_dir(out: Path, args: argparse.Namespace, rows: list[dict]) -> N
     """Write args.json and metadata.jsonl, or check that what is there comes from the same command."""
     settings = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
     settings["prompts"] = digest(json.dumps(rows).encode())
-    if args.experts:
-        files = sorted(Path(args.experts).rglob("*.safetensors"))
-        settings["expert_files"] = {str(p.relative_to(args.experts)): digest(p.read_bytes()) for p in files}
+    for flag in ("experts", "lora_weights"):
+        if path := getattr(args, flag):  # of a LoRA perhaps a file, or a name on the hub
+            files = [Path(path)] if Path(path).is_file() else sorted(Path(path).rglob("*.safetensors"))
+            settings[f"{flag}_files"] = {os.path.relpath(p, path): digest(p.read_bytes()) for p in files}
     if (out / "args.json").exists():
         before = json.loads((out / "args.json").read_text())
         differ = {f"--{k}": (before.get(k), v) for k, v in settings.items() if before.get(k) != v}
@@ -187,7 +186,8 @@ def load(args: argparse.Namespace, device: torch.device):
 
 def main(args: argparse.Namespace) -> None:
     state = PartialState(cpu=not torch.cuda.is_available())
-    out, prompts, per_prompt = Path(args.output_dir), read_prompts(args), args.num_images_per_prompt
+    out, per_prompt = Path(args.output_dir), args.num_images_per_prompt
+    prompts = args.prompt or read_prompts(args.prompts_file)
     video, rows = backbones.entry_of(args.pretrained_model_name_or_path, args.revision).video, []
     if not video and (args.num_frames or args.fps):
         raise ValueError(f"--num_frames and --fps are for video models, {args.pretrained_model_name_or_path} is none")

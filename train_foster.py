@@ -57,8 +57,9 @@ LOGGING_STEPS = 10  # reading the loss synchronises the device
 FREE_FLAGS = {
     *("interval_indices", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "output_dir"),
     *("report_to", "logging_dir", "dataloader_num_workers", "validation_prompts", "num_inference_steps"),
-    *("validation_steps", "guidance_scale", "train_batch_size", "gradient_accumulation_steps"),  # global_batch counts
-    *("push_to_hub", "hub_model_id", "hub_token"),  # and a token is written nowhere
+    *("validation_steps", "guidance_scale", "push_to_hub", "hub_model_id", "hub_token"),  # a token is written nowhere
+    # global_batch and global_gan_batch count
+    *("train_batch_size", "gradient_accumulation_steps", "gan_train_batch_size"),
 }
 
 

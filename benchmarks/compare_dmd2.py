@@ -99,6 +99,12 @@ def cost(run: str, args: argparse.Namespace) -> dict[str, int]:
 
 
 @torch.no_grad()
+def moments(images) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of the small network's features."""
+    inception = torch.jit.load(ROOT / "mini/inception.pt").eval()
+    return coco.moments([np.stack([coco.inception_features(inception, coco.fid_picture(image)) for image in images])])
+
+
 def measure(path: Path, pipe, prompts: list[str], reference: tuple, **options) -> dict:
     """Frechet distance and mean scores of a picture per prompt, picture k from seed k; kept in a file."""
     if path.exists():
@@ -108,11 +114,9 @@ def measure(path: Path, pipe, prompts: list[str], reference: tuple, **options) -
         texts = prompts[k : k + 50]
         generators = [torch.Generator().manual_seed(k + j) for j in range(len(texts))]
         images += pipe(texts, generator=generators, **options).images
-    inception = torch.jit.load(ROOT / "mini/inception.pt").eval()
-    features = np.stack([coco.inception_features(inception, coco.fid_picture(image)) for image in images])
     values = [world.score(image, text) for image, text in zip(images, prompts)]
     present = {key: [value[key] for value in values if value[key] is not None] for key in evaluate.SCORES["mini"]}
-    record = {"frechet": coco.frechet_distance(*coco.moments([features]), *reference)}
+    record = {"frechet": coco.frechet_distance(*moments(images), *reference)}
     record |= {"scores": {key: float(np.mean(own)) for key, own in present.items()}}
     train_foster.write_json(path, record)
     return record
@@ -128,10 +132,8 @@ def load(scheduler: str, **options):
 def main(args: argparse.Namespace) -> None:
     folder, work = world.image_folder("source", "test"), Path(args.work_dir)
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()][: args.pictures]
-    inception, prompts = torch.jit.load(ROOT / "mini/inception.pt").eval(), [row["text"] for row in rows]
-    pictures = (coco.fid_picture(Image.open(folder / row["file_name"])) for row in rows)
-    reference = coco.moments([np.stack([coco.inception_features(inception, picture) for picture in pictures])])
-    table = []
+    prompts, table = [row["text"] for row in rows], []
+    reference = moments(Image.open(folder / row["file_name"]) for row in rows)
     for name, (scheduler, steps, spacing) in SAMPLERS.items():
         options = {"num_inference_steps": steps, "guidance_scale": args.real_guidance_scale}
         path = work / f"{scheduler}-{spacing}-{steps}-{args.real_guidance_scale:g}-{args.pictures}.json"

@@ -18,11 +18,12 @@ from accelerate.state import AcceleratorState
 from conftest import assert_identical, environment, tiny_pixart, tiny_sd
 from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_assemble import SD15_UNET
 from torch import nn
 
 import distill_dmd2 as dmd2
+import sample
 import tsm_lora
 
 ROOT = Path(dmd2.__file__).parent
@@ -83,9 +84,8 @@ def make(*flags, interval=3, gan=True, pipe=None, seed=0):
         batch["real_c"] = backbone.conditions(backbone.encode(pipe, ["x", "y", "z"]))
     batch["real_x0"] = torch.randn(3, *shape, generator=g)
 
-    def iterate(k, student_turn, **changes):
-        settings = dmd2.argparse.Namespace(**vars(args) | changes)
-        return dmd2.iterate(players, batch, k, student_turn, gan, settings, accelerator)
+    def iterate(k, student_turn):
+        return dmd2.iterate(players, batch, k, student_turn, gan, args, accelerator)
 
     return players, batch, iterate
 
@@ -151,6 +151,10 @@ def test_bf16_keeps_the_last_layer_in_fp32(world):
         assert eps.dtype == torch.float32 and not torch.equal(eps, eps.bfloat16().float()), name
     own = players.guidance.fake.network
     assert own.conv_out.forward.args[0] is own.conv_out  # not that of the network it is a copy of
+    assert all(torch.isfinite(v) for v in iterate(0, True).values())
+    players.experts.unload()
+    players, _, iterate = make("--mixed_precision", "bf16", "--lora_layers", "to_q,conv_out", pipe=pipe)
+    assert "conv_out" in " ".join(players.experts.layers)
     assert all(torch.isfinite(v) for v in iterate(0, True).values())
 
 
@@ -361,6 +365,51 @@ def test_noise_levels_of_each_loss():
     assert {(int(t.min()), int(t.max())) for t in seen.values()} == {(20, 980), (0, 999)}
 
 
+def test_what_each_loss_gets(monkeypatch):
+    """Each its own t, in its own range, its own noise, its own condition and its own weight."""
+    flags = ("--real_guidance_scale", 2.5, "--dm_loss_weight", 0.5, "--gan_loss_weight", 0.25)
+    players, batch, iterate = make(*flags, "--discriminator_loss_weight", 0.125, "--gan_max_timestep", 500)
+    guidance, seen, logits, steps = players.guidance, {}, [], []
+
+    def watch(owner, name, note):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: note(*args) or original(*args))
+
+    watch(dmd2, "matching_loss", lambda *args: seen.update(matching=args))
+    watch(dmd2, "denoising_loss", lambda *args: seen.update(denoising=args))
+    watch(guidance, "logit", lambda *args: logits.append(args))
+    watch(dmd2.Updates, "step", lambda updates, loss, _: steps.append((updates.name, loss.item())))
+    losses = iterate(0, True)
+    ranges = {"matching": (20, 981), "denoising": (0, 1000)}
+    t = {name: players.draw_t(batch[name]["u"], *ranges.get(name, (0, 500))) for name in dmd2.DRAWS}
+    x, c, empty, teacher, fake, _, own_t, noise, scale = seen["matching"]
+    assert (teacher, fake, scale) == (players.teacher, guidance.fake, 2.5)
+    assert c is batch["c"] and empty is players.empty and x.requires_grad
+    assert torch.equal(own_t, t["matching"]) and noise is batch["matching"]["noise"]
+    detached, c, fake, _, own_t, noise = seen["denoising"]
+    assert torch.equal(detached, x) and not detached.requires_grad and fake is guidance.fake
+    assert c is batch["c"] and torch.equal(own_t, t["denoising"]) and noise is batch["denoising"]["noise"]
+    expected = [(x, "generator", "c"), (x, "discriminator", "c"), (batch["real_x0"], "real", "real_c")]
+    for (xt, own_t, c), (x0, name, condition) in zip(logits, expected, strict=True):
+        assert torch.equal(own_t, t[name]) and c is batch[condition]
+        assert torch.equal(xt, players.schedule.add_noise(x0, batch[name]["noise"], t[name]))
+        assert xt.requires_grad == (name == "generator")
+    student = 0.5 * losses["distribution matching"] + 0.25 * losses["generator GAN"]
+    fake_and_head = losses["fake score"] + 0.125 * losses["discriminator"]
+    expected = [("student", pytest.approx(student.item())), ("guidance", pytest.approx(fake_and_head.item()))]
+    assert steps == expected
+
+
+def test_gradients_are_clipped():
+    """AdamW hides the scale of its first gradient, its moment does not: (1 - beta1) g, |g| at most --max_grad_norm."""
+    p = nn.Parameter(torch.zeros(4))
+    updates = dmd2.Updates("student", [(p, p)], 1e-3, parse("--max_grad_norm", 3), 10)
+    norm = updates.step(50 * p.sum(), Accelerator(cpu=True))
+    assert norm.item() == pytest.approx(100)
+    moment = updates.optimizer.state[p]["exp_avg"]
+    assert moment.norm().item() == pytest.approx(3 * (1 - parse().adam_beta1), rel=1e-4)
+
+
 def test_same_gradients_with_gradient_checkpointing():
     """Although teacher and fake score, and the rollout of the same network at other t, run in between."""
     results = []
@@ -375,9 +424,10 @@ def test_same_gradients_with_gradient_checkpointing():
 
 def test_rollout_under_autocast_leaves_the_gradient_of_all_weights():
     """autocast's copies of weights, made in the rollout without gradient, must not serve the last call."""
-    players, _, iterate = make("--num_intervals", 1, "--full_finetuning", "--mixed_precision", "bf16", interval=0)
+    flags = ("--full_finetuning", "--mixed_precision", "bf16", "--adam_weight_decay", 0)
+    players, _, iterate = make("--num_intervals", 1, *flags, interval=0)
     before = snapshot(players.student)
-    iterate(2, True, adam_weight_decay=0.0)
+    iterate(2, True)
     assert changed(players.student, before) == set(before)
 
 
@@ -723,6 +773,10 @@ def test_routers(world, experts_run, lora_run, tmp_path):
     visited = {STEPS[dmd2.student_step(args, 0, True, i)] for i in range(0, 12, 2)}
     assert rows == visited <= set(STEPS) and len(visited) > 1
     tsm_lora.load_experts(tiny_sd(), assembled)
+    argv = ["--prompt", "a", "--experts", str(assembled), "--scheduler", "LCMScheduler", "--guidance_scale", "0"]
+    with pytest.raises(ValueError, match="never seen: add .*--timesteps 999 749 499 249"):
+        sample.check_student(sample.parse_args(argv))
+    sample.check_student(sample.parse_args([*argv, "--timesteps", "999", "749", "499", "249"]))
 
 
 def test_routers_start_as_stage_1(experts_run, lora_run, schedule):
@@ -827,6 +881,7 @@ def test_wrong_input(world, experts_run, lora_run, tmp_path):
     refused("--steps_with_gan .*: one number or 4", "--steps_with_gan", 1, 2)
     refused("--update_ratio must be at least 1", "--update_ratio", 0)
     refused("belong together", "--core_experts", experts_run / "experts-n4")
+    refused("nothing would be trained", "--steps_without_gan", 0, "--steps_with_gan", 0)
     refused("one set of weights", "--full_finetuning")
     refused("drop one flag", "--low_memory", "--gradient_checkpointing")
     refused("--snr_gamma has no effect", "--snr_gamma", 5)
@@ -843,4 +898,7 @@ def test_wrong_input(world, experts_run, lora_run, tmp_path):
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, rescale_betas_zero_snr=True)
         pipe.save_pretrained(tmp_path / "model")
         refused("predicts epsilon|zero terminal SNR", "--pretrained_model_name_or_path", tmp_path / "model")
-    refused("another model's", "--initial_guidance", lora_run / "experts-n1" / "interval-000.safetensors")
+    saved = load_file(lora_run / "guidance" / "interval-000.safetensors")
+    save_file(saved | {"fake.conv_in.bias": torch.zeros(1)}, tmp_path / "wide.safetensors")
+    refused("it has another shape of fake.conv_in.bias", "--initial_guidance", tmp_path / "wide.safetensors")
+    refused("another model's, it lacks", "--initial_guidance", lora_run / "experts-n1" / "interval-000.safetensors")

@@ -133,7 +133,7 @@ def test_other_experts_in_the_same_folder_are_noticed(world, tmp_path):
     run(world, tmp_path / "out", "--prompt", "a", "--experts", tmp_path / "experts")
     pipe = StableDiffusionPipeline.from_pretrained(world / "model")
     save_all(pipe, tmp_path / "experts", 4, alpha=9)
-    with pytest.raises(ValueError, match="other pictures.*--expert_files"):
+    with pytest.raises(ValueError, match="other pictures.*--experts_files"):
         run(world, tmp_path / "out", "--prompt", "a", "--experts", tmp_path / "experts")
     with pytest.raises(ValueError, match="other pictures.*--prompts"):
         run(world, tmp_path / "out", "--prompt", "b", "--experts", tmp_path / "experts")
