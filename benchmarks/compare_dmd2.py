@@ -117,7 +117,7 @@ def measure(path: Path, pipe, prompts: list[str], reference: tuple, **options) -
     values = [world.score(image, text) for image, text in zip(images, prompts)]
     present = {key: [value[key] for value in values if value[key] is not None] for key in evaluate.SCORES["mini"]}
     record = {"frechet": coco.frechet_distance(*moments(images), *reference)}
-    record |= {"scores": {key: float(np.mean(own)) for key, own in present.items()}}
+    record |= {"scores": {key: float(np.mean(own)) for key, own in present.items() if own}}
     train_foster.write_json(path, record)
     return record
 

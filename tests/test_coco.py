@@ -1,6 +1,7 @@
 """FID, Patch-FID and CLIP score: beside clean-fid, on stand-ins for the networks."""
 
 import json
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -259,6 +260,8 @@ def test_wrong_input(folders):
             *(folders, "--reference", folders / "out" / "reference.npz", "--output_dir", folders / "new"),
             *("--inception_path", folders / "inception.pt"),
         )
-    (folders / "fake" / "samples" / "a run_000004.png").write_bytes(b"no picture")
+    broken = folders / "fake" / "samples" / "a run_000004.png"
+    broken.write_bytes(b"no picture")
+    os.utime(broken, (1, 1))  # another time also where a file system's are coarse
     with pytest.raises(ValueError, match="000004.png is no picture or is truncated"):
         run(folders)

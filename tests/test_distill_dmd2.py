@@ -25,6 +25,7 @@ from torch import nn
 import distill_dmd2 as dmd2
 import sample
 import tsm_lora
+from benchmarks import compare_dmd2, dmd2_memory
 
 ROOT = Path(dmd2.__file__).parent
 STEPS = [999, 749, 499, 249]
@@ -821,6 +822,33 @@ def test_prompts_file_without_pictures(world, tmp_path):
     flags = ("--num_intervals", 1, "--steps_with_gan", 0, "--prompts_file", tmp_path / "prompts.txt")
     run(world, tmp_path / "run", *flags, "--train_data_dir", tmp_path / "nowhere")
     assert Image.open(tmp_path / "run" / "samples.png").size == (256, 256)  # the two prompts, teacher above student
+
+
+@pytest.mark.parametrize("mode", ["faithful", "low memory"])
+def test_memory_benchmark(mode):
+    args = dmd2_memory.parse_args(["--mode", mode, "--width", "32", "--rank", "8", "--iterations", "1"])
+    assert dmd2_memory.measure(args).keys() >= {"peak GB", "seconds, student's turn", "seconds, other turn"}
+    sizes = dmd2_memory.static(mode, dmd2_memory.parse_args([]))
+    unet, lora, head = 859_520_964, 67_252_224, 52_437_761
+    teacher, fake = (unet, unet) if mode == "faithful" else (0, lora)
+    assert sizes["sum"] == pytest.approx(4 * (unet + 4 * lora + teacher + 4 * fake + 4 * head) / 1e9, abs=1e-3)
+
+
+def test_comparison_benchmark(tmp_path):
+    """The teacher's samplers and one short run; once more, nothing is trained or drawn again."""
+    flags = ["--runs", "LoRA", "--scale", "0.2", "--train_batch_size", "1", "--pictures", "8"]
+    flags += ["--work_dir", str(tmp_path / "work"), "--output_file", str(tmp_path / "table.json")]
+    runs = []
+    for _ in range(2):
+        compare_dmd2.main(compare_dmd2.parse_args(flags))
+        files = [*tmp_path.rglob("*.safetensors"), *tmp_path.rglob("*-8.json")]
+        runs.append({path: path.stat().st_mtime_ns for path in files})
+    table = json.loads((tmp_path / "table.json").read_text())["table"]
+    assert [row["method"] for row in table] == [*compare_dmd2.SAMPLERS, "LoRA"]
+    assert all(row["frechet"]["mean"] > 0 for row in table) and table[-1]["student_updates"] == 4 + 1
+    assert len(runs[0]) == 2 + len(compare_dmd2.SAMPLERS) + 1 and runs[0] == runs[1]
+    with pytest.raises(ValueError, match="holds another run.*--update_ratio"):
+        compare_dmd2.main(compare_dmd2.parse_args([*flags, "--update_ratio", "3"]))
 
 
 def test_shards(world, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -454,6 +455,7 @@ def test_command_wrong_input(videos):
         evaluate.evaluate_evalcrafter(command(videos, "--metrics", "is"))
     (videos / "metadata.jsonl").unlink()
     (videos / "videos" / "0001.mp4").write_bytes(b"no clip")
+    os.utime(videos / "videos" / "0001.mp4", (1, 1))  # another time also where a file system's are coarse
     with pytest.raises(ValueError, match="0001.mp4 is no clip"):
         evaluate.evaluate_evalcrafter(command(videos, "--metrics", "is"))
     (videos / "videos" / "0009.mp4").write_bytes(b"")
