@@ -1,6 +1,8 @@
 """Base, LoRA, MoE LoRA, stage 1, symmetric stage 2 and stage 2: Table 13 on the mini world.
 
     python benchmarks/compare_assemble.py --domain target --output_file benchmarks/results/assemble_target.json
+    python benchmarks/compare_assemble.py --domain clips --methods stage-2 --total_steps 256 --router_samples 8000 \
+        --output_file benchmarks/results/assemble_clips.json
 
 Stage 1 is n8-r4 and LoRA n1-r4 of compare_foster.py, at its learning rates and --total_steps each, trained here if
 they are not in --work_dir. The routers and MoE LoRA are trained by train_assemble.py's own functions: routers on
@@ -38,7 +40,7 @@ METHODS = {
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--domain", choices=["target", "digits"], default="target")
+    parser.add_argument("--domain", choices=["target", "digits", "clips"], default="target")
     parser.add_argument("--total_steps", type=int, default=1024)
     parser.add_argument("--core_rate", type=float, default=1.25e-2, help="learning rate of n8-r4")
     parser.add_argument("--context_rate", type=float, default=5e-3, help="learning rate of n1-r4")
@@ -61,7 +63,6 @@ def fostered(run: str, rate: float, seed: int, args, accelerator) -> Path:
 
 def settings_of(method: str, rate: float, seed: int, args, accelerator) -> argparse.Namespace:
     """train_assemble.py's settings of a run."""
-    of_foster = compare_foster.settings_of("n1-r4", args.context_rate, seed, args)
     steps = args.total_steps if method == "moe" else -(-args.router_samples // args.train_batch_size)
     flags = [*METHODS[method], "--max_train_steps", steps, "--learning_rate", rate, "--seed", seed]
     flags += ["--train_batch_size", args.train_batch_size, "--max_validation_samples", 128, "--report_to", "none"]
@@ -70,10 +71,9 @@ def settings_of(method: str, rate: float, seed: int, args, accelerator) -> argpa
         flags += ["--context_experts", fostered("n1-r4", args.context_rate, seed, args, accelerator)]
     flags += ["--output_dir", Path(args.work_dir) / f"{args.domain}-{method}-lr{rate:g}-seed{seed}"]
     flags += ["--resume_from_checkpoint", "latest", "--checkpointing_steps", 500, "--checkpoints_total_limit", 1]
-    if of_foster.train_data_dir:
-        flags += ["--train_data_dir", of_foster.train_data_dir, "--validation_data_dir", of_foster.validation_data_dir]
+    flags += compare_foster.domain_flags(args.domain)
     settings = train_assemble.parse_args([str(flag) for flag in flags])
-    settings.global_batch = settings.train_batch_size
+    settings.global_batch, settings.video = settings.train_batch_size, train_foster.is_video(settings)
     return settings
 
 

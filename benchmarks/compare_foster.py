@@ -31,11 +31,12 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import backbones
 import data
 import evaluate
 import train_foster
 import tsm_lora
-from mini import digits, world
+from mini import clips, digits, world
 
 HERE = Path(__file__).resolve().parents[1]
 RUNS = ["n1-r4", "n2-r4", "n4-r4", "n8-r4", "n16-r4", "n1-r32", "full"]
@@ -47,7 +48,7 @@ SAMPLING = {"num_inference_steps": 20, "guidance_scale": 3.0}
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", default=RUNS)
-    parser.add_argument("--domain", choices=["target", "digits"], default="target")
+    parser.add_argument("--domain", choices=["target", "digits", "clips"], default="target")
     parser.add_argument("--total_steps", type=int, default=1024)
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[2e-3, 5e-3, 1.25e-2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -70,6 +71,14 @@ def budgets(n: int, args: argparse.Namespace) -> list[int]:
     return sorted({steps // 4, steps // 2, steps, args.total_steps // MOST_INTERVALS})
 
 
+def domain_flags(domain: str) -> list:
+    """Model and data that are not the default of the scripts."""
+    if domain == "digits":
+        folders = [digits.image_folder(split, HERE / "mini/data") for split in ("train", "validation")]
+        return ["--train_data_dir", folders[0], "--validation_data_dir", folders[1]]
+    return ["--pretrained_model_name_or_path", os.path.relpath(HERE / "mini/vc2")] if domain == "clips" else []
+
+
 def settings_of(run: str, rate: float, seed: int, args: argparse.Namespace) -> argparse.Namespace:
     """train_foster.py's settings of a run."""
     n, rank = (1, 1) if run == "full" else map(int, run[1:].split("-r"))
@@ -77,12 +86,9 @@ def settings_of(run: str, rate: float, seed: int, args: argparse.Namespace) -> a
     flags += ["--learning_rate", rate, "--train_batch_size", args.train_batch_size, "--max_validation_samples", 128]
     flags += ["--checkpointing_steps", min(args.total_steps // MOST_INTERVALS, args.total_steps // n // 4)]
     flags += ["--output_dir", Path(args.work_dir) / f"{args.domain}-{run}-lr{rate:g}-seed{seed}"]
-    if args.domain == "digits":
-        flags += ["--train_data_dir", digits.image_folder("train", HERE / "mini/data")]
-        flags += ["--validation_data_dir", digits.image_folder("validation", HERE / "mini/data")]
-    flags += ["--report_to", "none", "--resume_from_checkpoint", "latest"]
+    flags += [*domain_flags(args.domain), "--report_to", "none", "--resume_from_checkpoint", "latest"]
     settings = train_foster.parse_args([str(flag) for flag in flags])
-    settings.global_batch = settings.train_batch_size
+    settings.global_batch, settings.video = settings.train_batch_size, train_foster.is_video(settings)
     return settings
 
 
@@ -98,14 +104,16 @@ def scores(pipe, domain: str) -> dict[str, list[float]]:
     """Every score of pictures whose prompts took no part in training or in any choice, None where not asked for."""
     if domain == "digits":
         prompts = (HERE / "mini/prompts/digits.txt").read_text().splitlines()
+    elif domain == "clips":
+        prompts = clips.prompts("test")[:60]
     else:
         prompts = [prompt for category in world.CATEGORIES for prompt in world.prompts(category, "test")[:40]]
-    score_of = evaluate.scorer("digits" if domain == "digits" else "mini")
-    rows = []
+    score_of = evaluate.scorer("mini" if domain == "target" else domain)
+    options, rows = SAMPLING | backbones.backbone_of(pipe).sampling(pipe), []
     for start in range(0, len(prompts), 40):
         chunk = prompts[start : start + 40]
         generators = [torch.Generator().manual_seed(start + k) for k in range(len(chunk))]
-        images = pipe(chunk, generator=generators, **SAMPLING).images
+        images = pipe(chunk, generator=generators, output_type="pil", **options)[0]
         rows += [score_of(image, prompt) for image, prompt in zip(images, chunk)]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
