@@ -156,9 +156,9 @@ def main(args: argparse.Namespace) -> None:
         table.append({"method": run, **cost(run, args), "seconds": round(seconds), "seeds": records})
     for row in table:
         own = row.pop("seeds")
-        row["frechet"] = compare_foster.mean_and_error([record["frechet"] for record in own])
-        scores = [record["scores"] for record in own]
-        row["scores"] = {key: compare_foster.mean_and_error([s[key] for s in scores]) for key in scores[0]}
+        summary = compare_foster.mean_and_error if len(own) > 1 else lambda values: {"mean": values[0]}
+        row["frechet"], scores = summary([record["frechet"] for record in own]), [record["scores"] for record in own]
+        row["scores"] = {key: summary([s[key] for s in scores]) for key in scores[0]}
         shown = "  ".join(f"{key} {100 * value['mean']:.1f}" for key, value in row["scores"].items())
         print(f"{row['method']:18s} {row['frechet']['mean']:8.3f}  {shown}")
     result = {"command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])}
