@@ -636,7 +636,8 @@ def mean_gates(pipe, validation, args: argparse.Namespace, timesteps: list[int])
     """Mean gate of each layer at each t over validation pictures, (m contexts, layers, timesteps), and the mean
     absolute value of the two terms E[t] and W_r x."""
     experts = tsm_lora.load_experts(pipe, assembled_dir(args))
-    rows = validation.take(min(VALIDATION_BATCH, len(validation)))
+    size = args.train_batch_size if args.video else VALIDATION_BATCH  # clips are large
+    rows = validation.take(min(size, len(validation)))
     pictures = data.Pictures(rows, args, data.latent_shape(pipe, args), augment=False)
     (batch,) = data.loader(pictures, [[(k, "gates", k) for k in range(len(rows))]], args)
     x0 = data.latents(pipe.vae, {k: v.to(pipe.vae.device) for k, v in batch.items() if torch.is_tensor(v)})

@@ -103,7 +103,7 @@ def train_and_measure(method: str, rate: float, seed: int, args, accelerator, wi
         train, rows, _ = data.split_rows(settings)
         pipe = train_foster.load_pipeline(settings, accelerator)
         train_assemble.claim_output_dir(settings)
-        caches = data.build_caches(pipe, train, rows, settings, accelerator)
+        caches = compare_foster.build_caches(pipe, train, rows, settings, args, accelerator)
         train_assemble.assemble(pipe, train, rows, caches, settings, accelerator)
     return measured(folder, settings, args, accelerator, with_scores)
 
@@ -115,9 +115,8 @@ def main(args: argparse.Namespace) -> None:
     records: dict[str, list[dict]] = {"LoRA": [], "stage 1": []}
     for seed in args.seeds:
         for name, run, rate in (("LoRA", "n1-r4", args.context_rate), ("stage 1", "n8-r4", args.core_rate)):
-            settings = compare_foster.settings_of(run, rate, seed, args)
-            folder = fostered(run, rate, seed, args, accelerator)
-            records[name].append(measured(folder, settings, args, accelerator, True))
+            record = compare_foster.measure(run, rate, seed, args, accelerator, True)
+            records[name].append(record[str(args.total_steps // compare_foster.intervals_of(run))])
     tried, chosen = {}, {}
     for method in args.methods:
         rates = args.moe_rates if method == "moe" else args.router_rates

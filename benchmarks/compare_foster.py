@@ -76,7 +76,9 @@ def domain_flags(domain: str) -> list:
     if domain == "digits":
         folders = [digits.image_folder(split, HERE / "mini/data") for split in ("train", "validation")]
         return ["--train_data_dir", folders[0], "--validation_data_dir", folders[1]]
-    return ["--pretrained_model_name_or_path", os.path.relpath(HERE / "mini/vc2")] if domain == "clips" else []
+    if domain == "clips":
+        return ["--pretrained_model_name_or_path", HERE / "mini/vc2", "--cache_latents", "--center_crop"]
+    return []
 
 
 def settings_of(run: str, rate: float, seed: int, args: argparse.Namespace) -> argparse.Namespace:
@@ -139,6 +141,22 @@ def fine_tune(pipe, train, settings, accelerator):
             yield step, experts
 
 
+def build_caches(pipe, train, rows, settings, args: argparse.Namespace, accelerator) -> dict[str, data.Cache]:
+    """data.build_caches, but all runs of a domain share one file of latents."""
+    own, pool = Path(settings.output_dir), Path(args.work_dir) / f"{args.domain}-latents"
+
+    def link(source, target):
+        for name in ("latents.bin", "latents.done"):
+            if (source / name).exists() and not (target / name).exists():
+                os.link(source / name, target / name)
+
+    pool.mkdir(exist_ok=True)
+    link(pool, own)
+    caches = data.build_caches(pipe, train, rows, settings, accelerator)
+    link(own, pool)
+    return caches
+
+
 def experts_after(pipe, settings, step: int) -> Path:
     """A folder with the experts as they were after so many steps each."""
     if step == settings.max_train_steps:
@@ -170,7 +188,7 @@ def measure(run: str, rate: float, seed: int, args: argparse.Namespace, accelera
         wanted, scored, steps = steps, steps[-1:], fine_tune(pipe, train, settings, accelerator)
     else:
         train_foster.claim_output_dir(settings)
-        caches = data.build_caches(pipe, train, rows, settings, accelerator)
+        caches = build_caches(pipe, train, rows, settings, args, accelerator)
         for interval in range(settings.num_intervals):
             if not train_foster.expert_path(settings, interval).exists():
                 train_foster.foster(pipe, train, rows, caches, settings, interval, accelerator)

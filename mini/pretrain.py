@@ -257,7 +257,7 @@ def make_vc2(vae: AutoencoderKL) -> TextToVideoSDPipeline:
         down_block_types=("CrossAttnDownBlock3D", "CrossAttnDownBlock3D"),
         up_block_types=("CrossAttnUpBlock3D", "CrossAttnUpBlock3D"),
         cross_attention_dim=96,
-        attention_head_dim=4,  # the number of heads, and the width of those of transformer_in
+        attention_head_dim=4,  # of width, as the name says; in UNet2DConditionModel it is the number of heads
         norm_num_groups=8,
         fps=clips.FPS,
         num_frames=clips.FRAMES,

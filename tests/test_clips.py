@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,6 +83,7 @@ def test_web_captions_are_wrong_as_stated():
 def test_prompts_and_splits():
     validation, test = clips.prompts("validation"), clips.prompts("test")
     assert len(validation) == 60 and len(test) == 120 and not set(validation) & set(test)
+    assert (Path(clips.__file__).parent / "prompts/clips.txt").read_text().splitlines() == validation
     assert all(set(clips.parse(prompt)) == set(clips.ATTRIBUTES) for prompt in validation + test)
     assert len(Counter(clips.parse(prompt)["action"] for prompt in test)) == 6
     for wrong in ("a red circle on a table", "four red circles", "a red circle moving"):

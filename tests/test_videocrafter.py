@@ -379,6 +379,24 @@ def test_scripts_take_video(clips, tmp_path):
     assert all((seen[a] != seen[b]).any() for a, b in combinations(seen, 2))
 
 
+def test_two_processes_equal_one(clips, tmp_path):
+    flags = ["--pretrained_model_name_or_path", clips / "model", "--train_data_dir", clips / "clips", "--fps", 8]
+    flags += ["--resolution", 16, "--max_num_frames", 4, "--num_intervals", 2, "--interval_indices", 1]
+    flags += ["--max_train_steps", 3, "--max_validation_samples", 2, "--num_inference_steps", 2, "--report_to", "none"]
+    AcceleratorState._reset_state(True)
+    train_foster.main(
+        train_foster.parse_args([*map(str, flags), "--train_batch_size", "4", "--output_dir", str(tmp_path / "one")])
+    )
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--standalone"]
+    line += [ROOT / "train_foster.py", *flags, "--train_batch_size", 2, "--output_dir", tmp_path / "two"]
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / name / "experts-n2" / "interval-001.safetensors") for name in ("one", "two"))
+    assert any(value.abs().max() > 0.01 for key, value in one.items() if "lora_B" in key)
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, atol=1e-5, rtol=1e-4)
+
+
 def test_a_new_process_loads_the_joined_model(clips, tmp_path):
     """The README's join command, then sampling, by processes that know only what the scripts import."""
     for command in (
