@@ -79,14 +79,18 @@ class Diffusion:
         }
         return self.scheduler.add_noise(x0, noise, t), targets[self.scheduler.config.prediction_type]()
 
+    def snr(self, t: torch.Tensor) -> torch.Tensor:
+        """Signal-to-noise ratio of x_t, (B,)."""
+        snr = compute_snr(self.scheduler, t).clamp(min=1e-8)  # 0 at zero terminal SNR
+        scaled = hasattr(self.scheduler, "signal_scale")
+        return snr * self.scheduler.signal_scale.to(snr)[t] ** 2 if scaled else snr
+
     def loss_weights(self, t: torch.Tensor) -> torch.Tensor | float:
         """Min-SNR-gamma weights (https://arxiv.org/abs/2303.09556, Sec. 3.4), (B,): min(SNR, gamma) over what the
         prediction's own loss is in terms of x0. Within one interval they vary little."""
         if self.gamma is None:
             return 1.0
-        snr = compute_snr(self.scheduler, t).clamp(min=1e-8)  # 0 at zero terminal SNR
-        if hasattr(self.scheduler, "signal_scale"):
-            snr = snr * self.scheduler.signal_scale.to(snr)[t] ** 2
+        snr = self.snr(t)
         over = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
         return snr.clamp(max=self.gamma) / over[self.scheduler.config.prediction_type]
 

@@ -9,6 +9,7 @@ CPU, resumable, a function of --seed:
     python mini/pretrain.py --stage decoder   # a better decoder for the same latents, in place
     python mini/pretrain.py --stage denoiser  # denoiser + text encoders -> work_dir and mini/sd15 (fp16 safetensors)
     python mini/pretrain.py --model pixart --stage denoiser   # -> mini/pixart, with the autoencoder of mini/sd15
+    torchrun --nproc_per_node 2 mini/pretrain.py --model vc2 --stage denoiser   # the same with two processes
     python mini/pretrain.py --model pixart --report   # measures it: round trip, prompts of the source domain
     python mini/pretrain.py --model pixart --room     # how far a short full fine-tune lowers the target domain's loss
 """
@@ -29,6 +30,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate import PartialState
+from accelerate.utils import reduce
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -257,7 +260,7 @@ def make_vc2(vae: AutoencoderKL) -> TextToVideoSDPipeline:
         down_block_types=("CrossAttnDownBlock3D", "CrossAttnDownBlock3D"),
         up_block_types=("CrossAttnUpBlock3D", "CrossAttnUpBlock3D"),
         cross_attention_dim=96,
-        attention_head_dim=4,  # of width, as the name says; in UNet2DConditionModel it is the number of heads
+        attention_head_dim=8,  # of width, as the name says; in UNet2DConditionModel it is the number of heads
         norm_num_groups=8,
         fps=clips.FPS,
         num_frames=clips.FRAMES,
@@ -322,8 +325,13 @@ def _resume(path, model, optimizer):
 
 
 def _update(optimizer, loss, params, rate):
+    params = list(params)
     optimizer.zero_grad()
     loss.backward()
+    if PartialState().num_processes > 1:
+        for p in params:
+            if p.grad is not None:
+                p.grad = reduce(p.grad, "mean")
     torch.nn.utils.clip_grad_norm_(params, 1.0)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -472,15 +480,18 @@ def encode(vae: AutoencoderKL, scenes: list, kind=world, batch: int = 128) -> to
     return (torch.cat(parts) - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
 
 
-def _loss(pipe, x0, texts, generator, **options):
-    """Per-sample squared error of the prediction, t as the model family draws it."""
+def _loss(pipe, x0, texts, generator, debiased=False, **options):
+    """Per-sample squared error of the prediction, t as the model family draws it. `debiased` divides it by sqrt(SNR)
+    (https://arxiv.org/abs/2310.08442) and draws large t more often, where it is decided what moves which way."""
     backbone = backbones.backbone_of(pipe)
     process = backbone.process(pipe)
     noise = torch.randn(x0.shape, generator=generator)
-    t = process.draw_t(torch.rand(len(x0), generator=generator), 0, backbones.T)
+    u = torch.rand(len(x0), generator=generator)
+    t = process.draw_t(u.sqrt() if debiased else u, 0, backbones.T)
     xt, target = process.diffuse(x0, noise, t)
     pred = backbone.predict(pipe, xt, t, backbone.conditions(backbone.encode(pipe, texts, **options)))
-    return (pred - target).square().flatten(1).mean(1)
+    loss = (pred - target).square().flatten(1).mean(1)
+    return loss / process.snr(t).sqrt() if debiased else loss
 
 
 def _captions(scenes, picks, write, rng):
@@ -488,8 +499,11 @@ def _captions(scenes, picks, write, rng):
 
 
 def train_denoiser(args: argparse.Namespace) -> None:
-    """Joint training from scratch on source pictures with web captions; publishes the moving average."""
+    """Joint training from scratch on source pictures with web captions; publishes the moving average. Of several
+    processes each has a share of the pictures and of every batch, and its own random numbers."""
+    state = PartialState(cpu=True)
     torch.manual_seed(args.seed)
+    seed = args.seed + 1000 * state.process_index
     pipe = MODELS[args.model](load_vae())
     model = trained_parts(pipe).eval()  # no dropout, which VideoCrafter2's temporal convolutions have
     if args.model != "vc2":  # whose weights have five axes
@@ -501,28 +515,30 @@ def train_denoiser(args: argparse.Namespace) -> None:
         first, began = _resume(path, model, optimizer)
         average = torch.load(path, weights_only=True)["average"]
     kind = world_of(args)
-    scenes = kind.scenes("source", "pretrain", args.pictures)
+    scenes = kind.scenes("source", "pretrain", args.pictures)[state.process_index :: state.num_processes]
     latents = encode(pipe.vae, scenes, kind)
     print(f"{len(scenes)} latents, std {latents.std():.3f}, {time.time() - began:.0f}s", flush=True)
     total, steps = 0.0, args.steps
     for step in range(first, steps):
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        rng = np.random.default_rng([args.seed, step])
-        picks = rng.integers(len(scenes), size=args.batch_size)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        rng = np.random.default_rng([seed, step])
+        picks = rng.integers(len(scenes), size=args.batch_size // state.num_processes)
         texts = _captions(scenes, picks, kind.web_caption, rng)
         # a plain pipe(prompt) of SD3 hands over 256 empty T5 tokens instead of MAX_TOKENS; both shall draw well
         options = {"max_sequence_length": 256} if args.model == "sd3" and step % 10 == 0 else {}
-        loss = _loss(pipe, latents[picks], texts, generator, **options).mean()
+        loss = _loss(pipe, latents[picks], texts, generator, kind is clips, **options).mean()
         _update(optimizer, loss, model.parameters(), args.learning_rate * _schedule(step, steps, 200))
         _follow(average, model, min(args.ema_decay, (1 + step) / (10 + step)))
         total += loss.item()
+        if not state.is_main_process:
+            continue
         if (step + 1) % 100 == 0:
             _log(step + 1, steps, total / 100, time.time() - began, optimizer.param_groups[0]["lr"])
             total = 0.0
         if (step + 1) % args.checkpointing_steps == 0 or step + 1 == steps:
             _save(path, {**_state(model, optimizer, step + 1, began), "average": average})
             publish(args, average, step + 1)
-    if first == steps:  # nothing was left to train: publish what there is
+    if first == steps and state.is_main_process:  # nothing was left to train: publish what there is
         publish(args, average, steps)
 
 
