@@ -148,9 +148,9 @@ def build_caches(pipe, train, rows, settings, args: argparse.Namespace, accelera
     def link(source, target):
         for name in ("latents.bin", "latents.done"):
             if (source / name).exists() and not (target / name).exists():
+                target.mkdir(exist_ok=True)
                 os.link(source / name, target / name)
 
-    pool.mkdir(exist_ok=True)
     link(pool, own)
     caches = data.build_caches(pipe, train, rows, settings, accelerator)
     link(own, pool)
