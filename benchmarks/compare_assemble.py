@@ -1,8 +1,6 @@
 """Base, LoRA, MoE LoRA, stage 1, symmetric stage 2 and stage 2: Table 13 on the mini world.
 
     python benchmarks/compare_assemble.py --domain target --output_file benchmarks/results/assemble_target.json
-    python benchmarks/compare_assemble.py --domain clips --methods stage-2 --total_steps 256 --router_samples 8000 \
-        --output_file benchmarks/results/assemble_clips.json
 
 Stage 1 is n8-r4 and LoRA n1-r4 of compare_foster.py, at its learning rates and --total_steps each, trained here if
 they are not in --work_dir. The routers and MoE LoRA are trained by train_assemble.py's own functions: routers on
@@ -40,7 +38,8 @@ METHODS = {
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--domain", choices=["target", "digits", "clips"], default="target")
+    domains = ["target", "digits", "clips"]
+    parser.add_argument("--domain", choices=domains, default="target", help="clips needs mini/vc2, not bundled")
     parser.add_argument("--total_steps", type=int, default=1024)
     parser.add_argument("--core_rate", type=float, default=1.25e-2, help="learning rate of n8-r4")
     parser.add_argument("--context_rate", type=float, default=5e-3, help="learning rate of n1-r4")

@@ -48,7 +48,8 @@ SAMPLING = {"num_inference_steps": 20, "guidance_scale": 3.0}
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", default=RUNS)
-    parser.add_argument("--domain", choices=["target", "digits", "clips"], default="target")
+    domains = ["target", "digits", "clips"]
+    parser.add_argument("--domain", choices=domains, default="target", help="clips needs mini/vc2, not bundled")
     parser.add_argument("--total_steps", type=int, default=1024)
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[2e-3, 5e-3, 1.25e-2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

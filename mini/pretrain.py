@@ -1,9 +1,9 @@
-"""Pretrain the bundled models: pipelines of stock classes for the mini world's 32x32 pictures (sd15, pixart, sd3) and
-clips (vc2).
+"""Pretrain the bundled models, pipelines of stock classes for the mini world's 32x32 pictures (sd15, pixart, sd3), and
+one for its clips (vc2: not bundled, since none of those trained so far obeys the action that a caption asks for).
 
 The autoencoder sees both domains; denoiser and text encoders see the source domain only, under web captions, so that
 the result draws well and obeys badly (web_caption of world.py and clips.py). All models share one autoencoder. On a
-CPU, resumable, a function of --seed:
+CPU, resumable, a function of --seed and of the number of processes:
 
     python mini/pretrain.py --stage vae       # autoencoder -> work_dir/vae.pt and mini/sd15/vae
     python mini/pretrain.py --stage decoder   # a better decoder for the same latents, in place
@@ -260,7 +260,7 @@ def make_vc2(vae: AutoencoderKL) -> TextToVideoSDPipeline:
         down_block_types=("CrossAttnDownBlock3D", "CrossAttnDownBlock3D"),
         up_block_types=("CrossAttnUpBlock3D", "CrossAttnUpBlock3D"),
         cross_attention_dim=96,
-        attention_head_dim=8,  # of width, as the name says; in UNet2DConditionModel it is the number of heads
+        attention_head_dim=8,  # the width of a head, as the name says; UNet2DConditionModel takes it as their number
         norm_num_groups=8,
         fps=clips.FPS,
         num_frames=clips.FRAMES,
@@ -502,6 +502,8 @@ def train_denoiser(args: argparse.Namespace) -> None:
     """Joint training from scratch on source pictures with web captions; publishes the moving average. Of several
     processes each has a share of the pictures and of every batch, and its own random numbers."""
     state = PartialState(cpu=True)
+    if args.batch_size % state.num_processes:
+        raise ValueError(f"--batch_size {args.batch_size} must be a multiple of the {state.num_processes} processes")
     torch.manual_seed(args.seed)
     seed = args.seed + 1000 * state.process_index
     pipe = MODELS[args.model](load_vae())
@@ -526,7 +528,7 @@ def train_denoiser(args: argparse.Namespace) -> None:
         texts = _captions(scenes, picks, kind.web_caption, rng)
         # a plain pipe(prompt) of SD3 hands over 256 empty T5 tokens instead of MAX_TOKENS; both shall draw well
         options = {"max_sequence_length": 256} if args.model == "sd3" and step % 10 == 0 else {}
-        loss = _loss(pipe, latents[picks], texts, generator, kind is clips, **options).mean()
+        loss = _loss(pipe, latents[picks], texts, generator, debiased=kind is clips, **options).mean()
         _update(optimizer, loss, model.parameters(), args.learning_rate * _schedule(step, steps, 200))
         _follow(average, model, min(args.ema_decay, (1 + step) / (10 + step)))
         total += loss.item()
@@ -567,6 +569,7 @@ def publish(args: argparse.Namespace, average: dict, step: int) -> None:
         "settings": {name: getattr(args, name) for name in (*names.split(), "pictures")},
         "world_version": world.WORLD_VERSION,
         "denoiser_steps": step,
+        "processes": PartialState().num_processes,
         "seconds": _seconds(args),
         "parameters": {name: part.num_parameters() for name, part in parts.items()},
         "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers, np)},
