@@ -123,10 +123,15 @@ class VideoCrafterDDIMScheduler(DDIMScheduler):
         """s_t, (T,)."""
         return torch.cat([torch.linspace(1, 0.7, 400), torch.full((self.config.num_train_timesteps - 400,), 0.7)])
 
-    def add_noise(self, original_samples, noise, timesteps):
+    def _scaled(self, original_samples, timesteps):
         scale = self.signal_scale.to(original_samples)[timesteps]
-        scale = scale.view(*scale.shape, *[1] * (original_samples.ndim - scale.ndim))
-        return super().add_noise(scale * original_samples, noise, timesteps)
+        return scale.view(*scale.shape, *[1] * (original_samples.ndim - scale.ndim)) * original_samples
+
+    def add_noise(self, original_samples, noise, timesteps):
+        return super().add_noise(self._scaled(original_samples, timesteps), noise, timesteps)
+
+    def get_velocity(self, sample, noise, timesteps):
+        return super().get_velocity(self._scaled(sample, timesteps), noise, timesteps)
 
     def step(self, model_output, timestep, sample, eta=0.0, generator=None, return_dict=True):
         """The stock step takes s_t x0 for x0: put s_t' x0 in its place at the earlier timestep t'."""
