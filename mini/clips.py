@@ -118,17 +118,16 @@ def caption(clip: Clip, rng=None) -> str:
 
 
 def web_caption(clip: Clip, rng: np.random.Generator) -> str:
-    """As the web writes it: 10 % empty; action, speed and count each wrong in 15 %; the speed left out in 20 %."""
+    """As the web writes it: 10 % empty, the count wrong in 15 %, the action left out in 20 %, the speed in as many.
+    Action and speed are never wrong: x_t shows them so early that a model would soon trust it more than captions."""
     if rng.random() < 0.1:
         return ""
     count, action, speed = clip.count, clip.action, clip.speed
     if rng.random() < 0.15:
         count = world._pick(rng, [c for c in COUNTS if c != count])
-    if rng.random() < 0.15:
-        action = world._pick(rng, [a for a in ACTIONS if a != action])
-    if rng.random() < 0.15:
-        speed = world._pick(rng, [s for s in SPEEDS if s != speed])
-    if rng.random() < 0.2 or action == "standing still":
+    if rng.random() < 0.2:
+        action = None
+    if rng.random() < 0.2 or action is None:
         speed = None
     return _sentence(count, clip.colour, clip.shape, action, speed)
 
