@@ -592,7 +592,7 @@ def publish(args: argparse.Namespace, average: dict, step: int) -> None:
     sizes = f"--batch_size {args.batch_size} --steps {args.steps} --pictures {args.pictures}"
     made = {
         "command": " && ".join([*stages, f"{stage} --model {args.model} {sizes}"]),
-        "settings": {name: getattr(args, name) for name in (*names.split(), "pictures")},
+        "settings": {name: getattr(args, name) for name in (*names.split(), "pictures", "still_steps")},
         "world_version": world.WORLD_VERSION,
         "denoiser_steps": step,
         "processes": PartialState().num_processes,
