@@ -38,8 +38,7 @@ METHODS = {
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    domains = ["target", "digits", "clips"]
-    parser.add_argument("--domain", choices=domains, default="target", help="clips needs mini/vc2, not bundled")
+    parser.add_argument("--domain", choices=["target", "digits", "clips"], default="target")
     parser.add_argument("--total_steps", type=int, default=1024)
     parser.add_argument("--core_rate", type=float, default=1.25e-2, help="learning rate of n8-r4")
     parser.add_argument("--context_rate", type=float, default=5e-3, help="learning rate of n1-r4")

@@ -3,6 +3,8 @@
     python benchmarks/compare_foster.py --domain target --output_file benchmarks/results/foster_target.json
     python benchmarks/compare_foster.py --domain digits --total_steps 512 \\
         --output_file benchmarks/results/foster_digits.json
+    python benchmarks/compare_foster.py --domain clips --total_steps 256 --runs n1-r4 n8-r4 \\
+        --output_file benchmarks/results/foster_clips.json
 
 A run is n<intervals>-r<rank>, or `full`: every weight of the denoiser (its learning rates a tenth of the others').
 Each is trained by train_foster.py's own functions with a constant learning rate, so the checkpoints of one run are the
@@ -48,8 +50,7 @@ SAMPLING = {"num_inference_steps": 20, "guidance_scale": 3.0}
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", default=RUNS)
-    domains = ["target", "digits", "clips"]
-    parser.add_argument("--domain", choices=domains, default="target", help="clips needs mini/vc2, not bundled")
+    parser.add_argument("--domain", choices=["target", "digits", "clips"], default="target")
     parser.add_argument("--total_steps", type=int, default=1024)
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[2e-3, 5e-3, 1.25e-2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -1,5 +1,5 @@
-"""Pretrain the bundled models, pipelines of stock classes for the mini world's 32x32 pictures (sd15, pixart, sd3), and
-one for its clips (vc2: not bundled, since none of those trained so far obeys the action that a caption asks for).
+"""Pretrain the bundled models: pipelines of stock classes for the mini world's 32x32 pictures (sd15, pixart, sd3) and
+VideoCrafter2's for its clips (vc2).
 
 The autoencoder sees both domains; denoiser and text encoders see the source domain only, under web captions, so that
 the result draws well and obeys badly (web_caption of world.py and clips.py). All models share one autoencoder. On a
@@ -48,6 +48,7 @@ from diffusers import (
 )
 from diffusers.models.resnet import TemporalConvLayer
 from tokenizers import pre_tokenizers
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -344,10 +345,9 @@ def _update(optimizer, loss, params, rate):
     optimizer.zero_grad()
     loss.backward()
     if PartialState().num_processes > 1:
-        for p in params:
-            if p.grad is not None:
-                p.grad = reduce(p.grad, "mean")
-    torch.nn.utils.clip_grad_norm_(params, 1.0)
+        grads = [p.grad for p in params if p.grad is not None]  # all at once: each exchange costs a millisecond or two
+        vector_to_parameters(reduce(parameters_to_vector(grads), "mean"), grads)
+    clip_grad_norm_(params, 1.0)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
@@ -537,10 +537,12 @@ def train_denoiser(args: argparse.Namespace) -> None:
         average = torch.load(path, weights_only=True)["average"]
     kind = world_of(args)
     scenes = kind.scenes("source", "pretrain", args.pictures)[state.process_index :: state.num_processes]
-    latents = encode(pipe.vae, scenes, kind)
-    print(f"{len(scenes)} latents, std {latents.std():.3f}, {time.time() - began:.0f}s", flush=True)
     if kind is clips:
         plain = np.array([k for k, c in enumerate(scenes) if c.count == 1 and c.speed != "slowly"])
+        if not len(plain):
+            raise ValueError(f"--pictures {args.pictures}: too few, no clip of one object that is not slow among them")
+    latents = encode(pipe.vae, scenes, kind)
+    print(f"{len(scenes)} latents, std {latents.std():.3f}, {time.time() - began:.0f}s", flush=True)
     total, steps = 0.0, args.steps
     for step in range(first, steps):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -588,14 +590,17 @@ def publish(args: argparse.Namespace, average: dict, step: int) -> None:
     trained_parts(pipe).load_state_dict(average)
     parts = {name: c.half() for name, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
     names = "seed vae_steps vae_batch_size vae_learning_rate kl_weight steps batch_size learning_rate ema_decay"
-    *stages, stage = (f"python mini/pretrain.py --stage {stage}" for stage in ("vae", "decoder", "denoiser"))
+    processes = PartialState().num_processes
+    commands = [f"python mini/pretrain.py --stage {stage}" for stage in ("vae", "decoder")]
+    launcher = "python" if processes == 1 else f"torchrun --nproc_per_node {processes}"
     sizes = f"--batch_size {args.batch_size} --steps {args.steps} --pictures {args.pictures}"
+    commands.append(f"{launcher} mini/pretrain.py --stage denoiser --model {args.model} {sizes}")
     made = {
-        "command": " && ".join([*stages, f"{stage} --model {args.model} {sizes}"]),
+        "command": " && ".join(commands),
         "settings": {name: getattr(args, name) for name in (*names.split(), "pictures", "still_steps")},
         "world_version": world.WORLD_VERSION,
         "denoiser_steps": step,
-        "processes": PartialState().num_processes,
+        "processes": processes,
         "seconds": _seconds(args),
         "parameters": {name: part.num_parameters() for name, part in parts.items()},
         "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers, np)},
