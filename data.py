@@ -132,7 +132,7 @@ def split_rows(args) -> tuple[Dataset | IterableDataset, Dataset, str]:
 
         folder = clips.clip_folder if args.video else world.image_folder
         source = args.train_data_dir = os.path.relpath(folder("target", "train"))
-        validation_dir = validation_dir or os.path.relpath(folder("target", "validation"))
+        validation_dir = args.validation_data_dir = validation_dir or os.path.relpath(folder("target", "validation"))
     if args.streaming and validation_dir is None:
         raise ValueError("--streaming has no held-out part: give --validation_data_dir, an image folder")
     train = load_rows(source, args, args.streaming)

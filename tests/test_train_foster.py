@@ -461,3 +461,12 @@ def test_channels_last_and_compile_give_the_same_expert(world, tmp_path, monkeyp
         for key, value in fresh.items():
             torch.testing.assert_close(other[key], value, atol=1e-5, rtol=1e-3)
     assert calls and set(calls) <= {"BasicTransformerBlock", "ResnetBlock2D", "Transformer2DModel"}
+
+
+def test_rows_split_again_are_the_same():
+    """The mini world's own validation pictures, also where the first call has filled in the training folder."""
+    args = train_foster.parse_args([])
+    args.video = False
+    first, again = (data.split_rows(args)[1:] for _ in range(2))
+    assert first[1] == again[1] and "target-validation" in first[1]
+    assert list(first[0][args.caption_column]) == list(again[0][args.caption_column])
