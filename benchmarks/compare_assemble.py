@@ -1,6 +1,9 @@
 """Base, LoRA, MoE LoRA, stage 1, symmetric stage 2 and stage 2: Table 13 on the mini world.
 
-    python benchmarks/compare_assemble.py --domain target --output_file benchmarks/results/assemble_target.json
+    python benchmarks/compare_assemble.py --domain target --router_samples 60000 \\
+        --output_file benchmarks/results/assemble_target.json
+    python benchmarks/compare_assemble.py --domain clips --methods stage-2 --total_steps 256 --router_samples 4800 \\
+        --core_rate 0.03125 --context_rate 0.0125 --output_file benchmarks/results/assemble_clips.json
 
 Stage 1 is n8-r4 and LoRA n1-r4 of compare_foster.py, at its learning rates and --total_steps each, trained here if
 they are not in --work_dir. The routers and MoE LoRA are trained by train_assemble.py's own functions: routers on
