@@ -142,11 +142,11 @@ def split_rows(args) -> tuple[Dataset | IterableDataset, Dataset, str]:
         held_out = min(args.max_validation_samples, max(2, len(train) // 10))
         order = torch.randperm(len(train), generator=rng("held out")).tolist()
         validation, train = train.select(order[:held_out]), train.select(sorted(order[held_out:]))
-        origin = f"{held_out} pictures held out of {source}"
+        origin = f"{held_out} samples held out of {source}"
     if args.max_train_samples:
         train = train.take(args.max_train_samples)
     if len(validation) < 2 or (not args.streaming and not len(train)):
-        raise ValueError(f"{source} is too small: validation takes two pictures, training needs the rest")
+        raise ValueError(f"{source} is too small: validation takes two samples, training needs the rest")
     return train, validation.take(min(len(validation), args.max_validation_samples)), origin
 
 

@@ -174,7 +174,7 @@ def read_samples(folder: str | os.PathLike) -> list[tuple[Path, str]]:
     missing = [row["file_name"] for row in rows if not (folder / row["file_name"]).is_file()]
     if missing:
         raise ValueError(
-            f"{folder} lacks {len(missing)} of {len(rows)} pictures ({missing[0]}, ...): finish sample.py"
+            f"{folder} lacks {len(missing)} of {len(rows)} samples ({missing[0]}, ...): finish sample.py"
         )
     return [(folder / row["file_name"], row["text"]) for row in rows]
 

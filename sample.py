@@ -223,7 +223,7 @@ def main(args: argparse.Namespace) -> None:
         pipe.vae.enable_slicing()  # a frame at a time: all of a batch's would not fit
         options |= {"num_frames": args.num_frames} if args.num_frames else {}
         args.fps = pipe.unet.fps = args.fps or getattr(pipe.unet, "fps", 8)
-    with folded, tqdm(total=len(mine), desc="pictures", disable=not state.is_main_process) as progress:
+    with folded, tqdm(total=len(mine), desc="samples", disable=not state.is_main_process) as progress:
         for start in range(0, len(mine), args.batch_size):
             batch = mine[start : start + args.batch_size]
             images = pipe(
@@ -246,7 +246,7 @@ def main(args: argparse.Namespace) -> None:
         columns = min(2 if video else 8, len(shown))
         shown += [Image.new("RGB", (width, height))] * (-len(shown) % columns)
         make_image_grid(shown, rows=len(shown) // columns, cols=columns).save(out / "grid.png")
-        print(f"{len(rows)} pictures in {out / 'samples'} ({len(rows) - len(missing)} were there), {out / 'grid.png'}")
+        print(f"{len(rows)} samples in {out / 'samples'} ({len(rows) - len(missing)} were there), {out / 'grid.png'}")
 
 
 if __name__ == "__main__":

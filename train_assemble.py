@@ -826,9 +826,9 @@ def main(args: argparse.Namespace) -> None:
         accelerator.print("routers over " + ", ".join(f"{name[2:]} ({folder})" for name, folder, _ in banks(args)))
     else:
         accelerator.print(f"MoE LoRA: {args.moe_experts} experts of rank {args.rank}, top {args.top_k}")
-    accelerator.print(f"{'a stream of' if args.streaming else len(train)} pictures, validation on {origin}")
+    accelerator.print(f"{'a stream of' if args.streaming else len(train)} samples, validation on {origin}")
     seen = args.global_batch * args.max_train_steps
-    accelerator.print(f"{args.max_train_steps} steps of {args.global_batch} or {seen} pictures")
+    accelerator.print(f"{args.max_train_steps} steps of {args.global_batch} or {seen} samples")
     caches = data.build_caches(pipe, train, validation, args, accelerator)
     finished = (assembled_dir(args) / tsm_lora.ROUTER_FILE).exists()
     if finished and named_checkpoint(args, Path(args.output_dir) / "checkpoints") is None:

@@ -723,9 +723,9 @@ def main(args: argparse.Namespace) -> None:
     accelerator.wait_for_everyone()
     accelerator.init_trackers("train_foster", {k: str(v) for k, v in vars(args).items() if k != "hub_token"})
     accelerator.print(f"{len(args.interval_indices)} of {args.num_intervals} experts of rank {args.rank}")
-    accelerator.print(f"{'a stream of' if args.streaming else len(train)} pictures, validation on {origin}")
+    accelerator.print(f"{'a stream of' if args.streaming else len(train)} samples, validation on {origin}")
     seen = args.global_batch * args.max_train_steps
-    accelerator.print(f"{args.max_train_steps} steps of {args.global_batch} or {seen} pictures per expert")
+    accelerator.print(f"{args.max_train_steps} steps of {args.global_batch} or {seen} samples per expert")
     caches = data.build_caches(pipe, train, validation, args, accelerator)
     for interval in args.interval_indices:
         if expert_path(args, interval).exists() and named_checkpoint(args, checkpoint_dir(args, interval)) is None:

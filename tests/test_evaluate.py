@@ -56,7 +56,7 @@ def test_wrong_folders(tmp_path, renders):
     with pytest.raises(ValueError, match="000007.png is no picture or is truncated"):
         run_evaluate("mini", folder)
     (folder / "samples" / "000007.png").unlink()
-    with pytest.raises(ValueError, match="lacks 1 of 60 pictures"):
+    with pytest.raises(ValueError, match="lacks 1 of 60 samples"):
         run_evaluate("mini", folder)
 
 
