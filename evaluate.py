@@ -173,9 +173,7 @@ def read_samples(folder: str | os.PathLike) -> list[tuple[Path, str]]:
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     missing = [row["file_name"] for row in rows if not (folder / row["file_name"]).is_file()]
     if missing:
-        raise ValueError(
-            f"{folder} lacks {len(missing)} of {len(rows)} samples ({missing[0]}, ...): finish sample.py"
-        )
+        raise ValueError(f"{folder} lacks {len(missing)} of {len(rows)} samples ({missing[0]}, ...): finish sample.py")
     return [(folder / row["file_name"], row["text"]) for row in rows]
 
 
@@ -267,7 +265,7 @@ def evaluate_loss(args: argparse.Namespace) -> None:
     ]
     if not accelerator.is_main_process:
         return
-    print(f"\nvalidation loss on {len(rows)} pictures, {origin} (gain over the base ± its error)")
+    print(f"\nvalidation loss on {len(rows)} samples, {origin} (gain over the base ± its error)")
     print("timesteps    base    " + "   ".join(args.experts))
     for record in records:
         cells = (

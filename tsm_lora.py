@@ -464,7 +464,10 @@ def _read(pipe, folders: list[tuple[Path, bool]], router: Router | None, scale=1
     first, facts = sets[0][0], sets[0][1][0][0]
     backbone = backbone_of(pipe)
     if facts["backbone"] != (kind := type(getattr(pipe, backbone.denoiser)).__name__):
-        raise ValueError(f"experts of a {facts['backbone']} ({facts['base_model']}) do not fit this pipeline's {kind}")
+        raise ValueError(
+            f"the experts in {first} are of a {facts['backbone']} and do not fit this pipeline's {kind}; load "
+            f"their base model, {facts['base_model']!r}"
+        )
     for folder, files, _ in sets[1:]:
         if differ := _differences(facts, files[0][0], SHARED_FACTS):
             raise ValueError(f"the experts in {first} and in {folder} do not belong together: {differ}")

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import delta, tiny_sd
+from conftest import delta, tiny_sd, tiny_video
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -660,6 +660,13 @@ def other_base(folder):
     return "whose weights are not those of"
 
 
+def other_family(folder):
+    for path in folder.iterdir():
+        path.unlink()
+    save_all(tiny_video(), folder, 4)
+    return "do not fit this pipeline's UNet2DConditionModel; load their base model"
+
+
 def misshapen(folder):
     path = folder / "interval-002.safetensors"
     tensors, metadata = load_file(path), safe_open(path, "pt").metadata()
@@ -691,6 +698,7 @@ SPOIL = [
     foreign,
     other_set,
     other_base,
+    other_family,
     misshapen,
     wrong_keys,
     empty,
