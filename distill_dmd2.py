@@ -564,14 +564,14 @@ def result_path(args: argparse.Namespace, interval: int) -> Path:
     return out / "student" / "model_index.json" if args.full_finetuning else train_foster.expert_path(args, interval)
 
 
-def claim_output_dir(args: argparse.Namespace) -> None:
+def claim_output_dir(pipe, args: argparse.Namespace) -> None:
     """Write args.json, or check it against an earlier run's: nothing is overwritten, nothing mixed."""
     folders = {i: train_foster.checkpoint_dir(args, i) for i in range(args.num_intervals)}
     known = [str(path) for folder in folders.values() for path in train_foster.checkpoints(folder)]
     finished = [i for i in folders if result_path(args, i).exists()]
     if not known and not finished:
         if args.core_experts:
-            train_assemble.claim_output_dir(args)  # copies the experts too
+            train_assemble.claim_output_dir(pipe, args)  # copies the experts too
         else:
             train_foster.write_args(args)
         return
@@ -828,7 +828,7 @@ def main(args: argparse.Namespace) -> None:
         pictures, prompts, shown = load_data(args)
     pipe = load_pipeline(args, accelerator)
     if accelerator.is_main_process:
-        claim_output_dir(args)
+        claim_output_dir(pipe, args)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("distill_dmd2", {k: str(v) for k, v in vars(args).items()})
     accelerator.print(f"{len(prompts)} prompts; students at t = {args.student_timesteps}")

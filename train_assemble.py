@@ -366,11 +366,17 @@ def banks(args: argparse.Namespace) -> list[tuple[str, Path, bool]]:
     ]
 
 
+def assemble_sets(pipe, sets: list[tuple[str, Path, bool]], args: argparse.Namespace) -> tsm_lora.Experts:
+    """The experts of sets as `banks` lists them, with fresh routers, attached; raises where they do not fit."""
+    core = next((folder for _, folder, gated in sets if not gated), None)
+    return tsm_lora.assemble_experts(pipe, core, [folder for _, folder, gated in sets if gated], args.router_inputs)
+
+
 def assembled_dir(args: argparse.Namespace) -> Path:
     return Path(args.output_dir) / "assembled"
 
 
-def claim_output_dir(args: argparse.Namespace) -> None:
+def claim_output_dir(pipe, args: argparse.Namespace) -> None:
     """Write args.json and copies of the experts, or check them against an earlier run's: nothing is overwritten."""
     known = checkpoints(Path(args.output_dir) / "checkpoints")
     if known or (assembled_dir(args) / tsm_lora.ROUTER_FILE).exists():
@@ -393,6 +399,8 @@ def claim_output_dir(args: argparse.Namespace) -> None:
         )
     if own.exists() and not (Path(args.output_dir) / "args.json").exists():
         raise ValueError(f"{own} exists and is not of this script; choose another --output_dir")
+    if sets:  # refuse what does not fit before anything is written or cached
+        assemble_sets(pipe, sets, args).unload()
     write_args(args)
     shutil.rmtree(own, ignore_errors=True)  # of a run that was stopped before its first checkpoint
     for name, folder, _ in sets:
@@ -541,9 +549,8 @@ def attach(pipe, args: argparse.Namespace) -> tsm_lora.Experts:
             train_text_encoder=args.train_text_encoder,
             generator=data.rng(args.seed, "router", "A"),
         )
-    folders = [(assembled_dir(args) / name, gated) for name, _, gated in banks(args)]
-    core = next((folder for folder, gated in folders if not gated), None)
-    return tsm_lora.assemble_experts(pipe, core, [folder for folder, gated in folders if gated], args.router_inputs)
+    copies = [(name, assembled_dir(args) / name, gated) for name, _, gated in banks(args)]
+    return assemble_sets(pipe, copies, args)
 
 
 def assemble(pipe, train, validation, caches, args: argparse.Namespace, accelerator) -> None:
@@ -819,7 +826,7 @@ def main(args: argparse.Namespace) -> None:
         train, validation, origin = data.split_rows(args)
     pipe = load_pipeline(args, accelerator)
     if accelerator.is_main_process:
-        claim_output_dir(args)
+        claim_output_dir(pipe, args)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("train_assemble", {k: str(v) for k, v in vars(args).items() if k != "hub_token"})
     if args.moe_experts is None:

@@ -103,7 +103,7 @@ def train_and_measure(method: str, rate: float, seed: int, args, accelerator, wi
     if not (folder / tsm_lora.ROUTER_FILE).exists():
         train, rows, _ = data.split_rows(settings)
         pipe = train_foster.load_pipeline(settings, accelerator)
-        train_assemble.claim_output_dir(settings)
+        train_assemble.claim_output_dir(pipe, settings)
         caches = compare_foster.build_caches(pipe, train, rows, settings, args, accelerator)
         train_assemble.assemble(pipe, train, rows, caches, settings, accelerator)
     return measured(folder, settings, args, accelerator, with_scores)

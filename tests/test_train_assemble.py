@@ -200,6 +200,12 @@ def test_wrong_input(world, fostered, full_run, tmp_path, monkeypatch):
     refused("there is no folder nowhere", "--core_experts", "nowhere")
     refused("assembled folder", "--core_experts", full_run)
     refused("lacks the experts", "--core_experts", broken(fostered[4], tmp_path / "broken"))
+    flags = ("--num_intervals", 1, "--max_train_steps", 1, "--lora_layers", "to_q")
+    AcceleratorState._reset_state(True)
+    train_foster.main(train_foster.parse_args(foster_command(world, tmp_path / "other", *flags)))
+    experts = str(tmp_path / "other" / "experts-n1")
+    refused(f"{experts} do not belong together", "--context_experts", experts, "--cache_latents")
+    assert not (tmp_path / "x").exists()  # before anything is written or cached
     refused("--top_k must lie in 1..2", "--moe_experts", 2, "--top_k", 3)
     refused("need the timestep", "--symmetric", "--router_inputs", "feature")
     refused("--rank, --top_k has no effect without", "--rank", 7, "--top_k", 1)
