@@ -121,7 +121,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--without_t5", action="store_true", help="SD3: leave out text_encoder_3, which is frozen in any case")
 
     add = parser.add_argument_group("data").add_argument
-    add("--train_data_dir", help="pictures with metadata.jsonl, .tar shards or .parquet; the mini world if not given")
+    add("--train_data_dir", help="pictures or clips with metadata, shards or .parquet; the mini world if not given")
     add("--dataset_name", help="hub id of a data set, instead of --train_data_dir")
     add("--dataset_config_name", help="of the hub data set")
     add("--validation_data_dir", help="the same kinds, for the loss per interval; a held-out part if not given")
@@ -251,6 +251,10 @@ def weighting(args: argparse.Namespace) -> backbones.Weighting:
     return backbones.Weighting(args.snr_gamma, args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)
 
 
+def validation_batch(args: argparse.Namespace) -> int:
+    return args.train_batch_size if args.video else VALIDATION_BATCH  # clips are large
+
+
 @torch.no_grad()
 def validation_losses(
     model, experts, rows: Dataset, args, interval: int, accelerator, cache: data.Cache | None = None
@@ -261,7 +265,7 @@ def validation_losses(
     process = experts.backbone.process(experts.pipe)
     model = accelerator.unwrap_model(model)  # processes may have unequal numbers of batches
     mine = list(range(accelerator.process_index, len(rows), accelerator.num_processes))
-    size = args.train_batch_size if args.video else VALIDATION_BATCH  # clips are large
+    size = validation_batch(args)
     starts = range(0, len(mine), size)
     keys = [[(k, "validation", interval, k) for k in mine[start : start + size]] for start in starts]
     losses = torch.zeros(len(rows), device=accelerator.device)
@@ -643,8 +647,7 @@ def mean_gates(pipe, validation, args: argparse.Namespace, timesteps: list[int])
     """Mean gate of each layer at each t over validation pictures, (m contexts, layers, timesteps), and the mean
     absolute value of the two terms E[t] and W_r x."""
     experts = tsm_lora.load_experts(pipe, assembled_dir(args))
-    size = args.train_batch_size if args.video else VALIDATION_BATCH  # clips are large
-    rows = validation.take(min(size, len(validation)))
+    rows = validation.take(min(validation_batch(args), len(validation)))
     pictures = data.Pictures(rows, args, data.latent_shape(pipe, args), augment=False)
     (batch,) = data.loader(pictures, [[(k, "gates", k) for k in range(len(rows))]], args)
     x0 = data.latents(pipe.vae, {k: v.to(pipe.vae.device) for k, v in batch.items() if torch.is_tensor(v)})

@@ -498,7 +498,7 @@ def encode(vae: AutoencoderKL, scenes: list, kind=world, batch: int = 128) -> to
 def _loss(pipe, x0, texts, generator, still=0, **options):
     """Per-sample squared error of the prediction, t as the model family draws it. The first `still` clips are shown
     without their motion, as noise on their middle frame alone and on less of it than t says, so that the caption is
-    all that tells where things go; left to itself, the model reads it from x_t and never from the caption."""
+    all that tells where things go: x_t betrays it so early that a model could leave the caption unread."""
     backbone = backbones.backbone_of(pipe)
     process = backbone.process(pipe)
     noise = torch.randn(x0.shape, generator=generator)

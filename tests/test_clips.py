@@ -44,6 +44,15 @@ def test_detector_stands_noise_and_compression(some, domain, tmp_path):
         assert clips.detect(data.read_clip(tmp_path / "a.mp4")) == truth(clip)
 
 
+def test_random_clips_score_at_chance():
+    """By hand: 7 actions; a clip moves in 6 of 7 and then at one of 2 speeds; 6 colours; 3 counts."""
+    told = [clips.parse(prompt) for prompt in clips.prompts("test")]
+    shown = [truth(clip) for clip in clips.scenes("source", "test", 2000)]
+    for key, chance in {"action": 1 / 7, "speed": 3 / 7, "colour": 1 / 6, "count": 1 / 3}.items():
+        right = np.mean([found[key] == demanded[key] for demanded in told for found in shown])
+        assert abs(right - chance) < 4 * (chance * (1 - chance) / len(shown)) ** 0.5, key
+
+
 def test_nothing_is_seen_in_noise_and_on_empty_grounds():
     rng = np.random.default_rng(0)
     for clip in clips.scenes("target", "test", 20):
